@@ -1,0 +1,51 @@
+# Every target says in one line what it does: `make help`.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python -m rest_nb
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export JUPYTER_PREFER_ENV_PATH := 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+NOTEBOOKS := $(wildcard nbs/0*.ipynb nbs/2*.ipynb)
+
+.PHONY: help install repro test lab study export data
+
+help: ## Show what each target does
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1	/' | expand -t 18
+
+install: .venv/installed ## Make .venv and install the locked packages (about 3 minutes)
+
+.venv/installed: constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "make: Python is %d.%d; expected 3.11 or later: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[study]'
+	@touch $@
+
+repro: install ## Train the quick study from nothing (about 7 minutes) and print its table
+	@$(RUN) check
+	@dvc repro --quiet quick
+	@$(MAKE) --no-print-directory runs/quick/20_colored_mnist.ipynb
+	@$(RUN) show quick
+
+runs/quick/20_colored_mnist.ipynb: runs/quick/accuracy.csv nbs/20_colored_mnist.ipynb rest_nb/results.py
+	@$(RUN) page quick
+
+runs/quick/accuracy.csv: ;
+
+data: install ## Fetch the raw images and build the data sets
+	@dvc repro --quiet sets
+
+test: data ## Check export, notebooks, library (pytest) and every stored output (nbval); under 5 minutes
+	@.ci/exported
+	pytest tests
+	pytest -q --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg $(NOTEBOOKS)
+
+lab: install ## Open JupyterLab on nbs/
+	jupyter lab nbs
+
+study: install ## Rebuild the stored long study (about an hour), the stored page and the README's table
+	@$(RUN) check
+	dvc repro cpu
+	$(RUN) page cpu
+
+export: install ## Export the library rest_nb from the notebooks in nbs/
+	nbdev_export
