@@ -101,8 +101,9 @@ d = { 'settings': { 'branch': 'main',
                                  'rest_nb.sources.verify': ('sources.html#verify', 'rest_nb/sources.py')},
             'rest_nb.training': { 'rest_nb.training.Fit': ('training.html#fit', 'rest_nb/training.py'),
                                   'rest_nb.training.as_input': ('training.html#as_input', 'rest_nb/training.py'),
+                                  'rest_nb.training.ask': ('training.html#ask', 'rest_nb/training.py'),
                                   'rest_nb.training.autocast': ('training.html#autocast', 'rest_nb/training.py'),
                                   'rest_nb.training.fit': ('training.html#fit', 'rest_nb/training.py'),
                                   'rest_nb.training.logits_of': ('training.html#logits_of', 'rest_nb/training.py'),
-                                  'rest_nb.training.predict': ('training.html#predict', 'rest_nb/training.py'),
-                                  'rest_nb.training.train_step': ('training.html#train_step', 'rest_nb/training.py')}}}
+                                  'rest_nb.training.train_step': ('training.html#train_step', 'rest_nb/training.py'),
+                                  'rest_nb.training.validate': ('training.html#validate', 'rest_nb/training.py')}}}

@@ -28,7 +28,7 @@ from .data import SIGMA, load
 from .metrics import group_accuracy
 from .models import cnn
 from .reweighting import cross_entropy, sample_weights, shuffled_batches, weighted_batches, weighted_cross_entropy
-from .training import PRECISIONS, fit, predict, train_step
+from .training import PRECISIONS, ask, fit, train_step
 
 # %% ../nbs/09_experiments.ipynb #e7a61464
 SPARSITY = {"dense": None, "static": masks.StaticSparse, "set": masks.SET, "rigl": masks.RigL}
@@ -153,7 +153,7 @@ def run_seed(config, seed, split, progress=iter):
     tested = {}
     for name, state in (("last", last), ("selected", fitted.best_state)):
         model.load_state_dict(state)
-        tested[name] = group_accuracy(predict(model, test.x, config.precision), test.y, test.a)
+        tested[name] = group_accuracy(ask(model, test.x, config.precision).argmax(1), test.y, test.a)
     return dict(seed=seed, updates=updates, best_step=fitted.best_step, **tested, history=fitted.history), seconds
 
 # %% ../nbs/09_experiments.ipynb #55f24cde

@@ -1,0 +1,101 @@
+"The rules of the house: who imports whom, what DVC depends on, what git holds."
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from rest_nb.experiments import CODE, read_params
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = {re.search(r"#\| default_exp (\S+)", nb.read_text())[1].split("\\n")[0].rstrip('",'): nb
+           for nb in sorted((ROOT / "nbs").glob("0*.ipynb"))}
+
+
+def imported(path):
+    "The modules of rest_nb that a file imports, anywhere in it."
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rest_nb":
+            found |= {a.name for a in node.names} if node.module == "rest_nb" else {node.module.split(".")[1]}
+    return found
+
+
+def test_every_module_has_its_notebook():
+    modules = {p.stem for p in (ROOT / "rest_nb").glob("*.py")} - {"__init__", "_modidx"}
+    assert modules == set(LIBRARY)
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_imports_only_go_down_the_numbers(module):
+    for other in imported(ROOT / "rest_nb" / f"{module}.py"):
+        assert LIBRARY[other].name < LIBRARY[module].name, f"{module} imports {other}, from a higher notebook"
+
+
+def test_training_has_never_heard_of_sparsity():
+    assert imported(ROOT / "rest_nb" / "training.py") <= {"data", "metrics", "models", "reweighting"}
+    assert not re.search(r"mask|sparse|density|conflict_ratio|upweight", (ROOT / "rest_nb" / "training.py").read_text())
+
+
+def test_import_rest_nb_is_light():
+    code = "import rest_nb, sys; assert rest_nb.__version__; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def stages(): return yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+@pytest.mark.parametrize("budget", ["quick", "cpu"])
+def test_rows_depend_on_the_modules_they_use_and_no_others(budget):
+    deps = set(stages()[f"{budget}-rows"]["deps"])
+    assert {d for d in deps if d.startswith("rest_nb/")} == {f"rest_nb/{m}.py" for m in (*CODE, "notebooks")}
+    assert deps - {f"rest_nb/{m}.py" for m in (*CODE, "notebooks")} == {"nbs/11_row.ipynb", "sets/${item.setting}.npz"}
+
+
+@pytest.mark.parametrize("budget", ["quick", "cpu"])
+def test_stages_are_the_rows_of_params(budget):
+    params, matrix = read_params(ROOT / "params.yaml"), stages()[f"{budget}-rows"]["matrix"]
+    assert matrix == dict(setting=list(params["settings"]), method=list(params["methods"]))
+
+
+def test_quick_is_cached_and_cpu_is_in_git():
+    assert all(isinstance(out, str) for out in stages()["quick-rows"]["outs"])
+    assert all(list(out.values()) == [{"cache": False}] for out in stages()["cpu-rows"]["outs"])
+    kept = subprocess.run(["git", "check-ignore", "runs/quick/x", "runs/cpu/x"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert kept.split() == ["runs/quick/x"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_are_named_by_kind_and_small(path):
+    assert re.fullmatch(r"[012][0-9a-f]_[a-z_]+", path.stem)
+    assert path.stat().st_size < 500_000
+    exports = "#| export" in "".join(c.source for c in nbformat.read(path, 4).cells)
+    assert exports == path.name.startswith("0")  # experiments and pages use the library; they do not add to it
+
+
+def test_reading_notebooks_cannot_train():
+    for page in (ROOT / "nbs").glob("2*.ipynb"):
+        source = "\n".join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == "code")
+        used = {m for m in re.findall(r"from rest_nb\.(\w+) import", source)}
+        assert used <= {"results", "notebooks", "metrics"}
+        assert not re.search(r"import rest_nb|\bfit\(|run_row|\.backward", source)
+
+
+def test_make_help_names_every_target():
+    text = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split())
+    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert targets == set(re.findall(r"make (\w+)", said))
+
+
+def test_lock_pins_everything_that_pyproject_asks_for():
+    import tomllib
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.match(r"[\w-]+", d)[0].lower() for d in project["dependencies"] + project["optional-dependencies"]["study"]}
+    lines = [line for line in (ROOT / "constraints.txt").read_text().lower().splitlines() if not line.startswith("#")]
+    assert wanted <= {line.split("==")[0] for line in lines}
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)  # no local build, no address
