@@ -3,8 +3,7 @@
 # %% auto #0
 __all__ = ['layer_costs', 'parameters', 'forward_flops', 'training_flops', 'alternate', 'peak_memory']
 
-# %% ../nbs/05_cost.ipynb #0c21848d
-import math
+# %% ../nbs/05_cost.ipynb #3752837e
 import resource
 import statistics
 import sys
@@ -12,40 +11,47 @@ import time
 
 import pandas as pd
 import torch
-from torch import nn
 
-from .masks import maskable
+from .masks import LAYERS, maskable
+from .models import evaluating
 
 # %% ../nbs/05_cost.ipynb #b0a5aa71
 def layer_costs(model, input_shape):
-    """A table with a row for each conv and linear layer: weights, non-zero weights, output positions, dense and sparse MACs.
+    """A table with a row for each conv and linear layer:
+    weights, non-zero weights, output positions, dense and sparse MACs.
 
     For one input of `input_shape` (C, H, W). "Sparse" counts the weights that are not zero just now.
     """
     rows, handles = [], []
-    modules = dict(model.named_modules())
 
     def count(layer, inputs, output, name):
-        seen = inputs[0] if getattr(layer, "transposed", False) else output  # a transposed conv spreads each input position
-        positions = math.prod(seen.shape[2:]) if not isinstance(layer, nn.Linear) else math.prod(output.shape[1:-1])
-        kept = int(layer.weight.count_nonzero())
-        size = layer.weight.numel()
-        rows.append(dict(layer=name, weights=size, nonzero=kept, positions=positions, dense_macs=size * positions, macs=kept * positions))
+        # One input is shown, so all outputs of a channel are positions; a transposed conv spreads its *inputs*.
+        seen, channels = ((inputs[0], layer.in_channels) if getattr(layer, "transposed", False)
+                          else (output, layer.weight.shape[0]))
+        positions = seen.numel() // channels
+        size, kept = layer.weight.numel(), int(layer.weight.count_nonzero())
+        rows.append(dict(layer=name, weights=size, nonzero=kept, positions=positions,
+                         dense_macs=size * positions, macs=kept * positions))
 
-    for name in (full.rpartition(".")[0] for full in maskable(model)):
-        handles.append(modules[name].register_forward_hook(lambda *seen, name=name: count(*seen, name)))
-    training, device = model.training, next(model.parameters()).device
+    for name, layer in model.named_modules():
+        if isinstance(layer, LAYERS):
+            handles.append(layer.register_forward_hook(lambda *seen, name=name: count(*seen, name)))
     try:
-        with torch.no_grad(): model.eval()(torch.zeros(1, *input_shape, device=device))
+        with torch.no_grad(), evaluating(model):
+            model(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
     finally:
-        model.train(training)
         for handle in handles: handle.remove()
     return pd.DataFrame(rows)
 
 # %% ../nbs/05_cost.ipynb #2b56b15a
 def parameters(model):
-    "How many parameters there are, biases and batch-norm included, and how many are not zero: (all, nonzero)."
-    return (sum(p.numel() for p in model.parameters()), sum(int(p.count_nonzero()) for p in model.parameters()))
+    """How many parameters there are, and how many are left: (all, kept).
+
+    Kept are the conv and linear weights that are not zero, and all biases and batch-norm parameters,
+    which masks never cover.
+    """
+    every = sum(p.numel() for p in model.parameters())
+    return every, every - sum(w.numel() - int(w.count_nonzero()) for w in maskable(model).values())
 
 
 def forward_flops(model, input_shape):
@@ -55,7 +61,8 @@ def forward_flops(model, input_shape):
 
 # %% ../nbs/05_cost.ipynb #da0ef7f6
 def training_flops(dense, sparse, steps, updates=0):
-    """FLOPs of training on one input per step: 3·`sparse` a step; 2·`sparse` + `dense` at the `updates` steps that need the dense gradient.
+    """FLOPs of training on one input per step:
+    3·`sparse` a step; 2·`sparse` + `dense` at the `updates` steps that need the dense gradient.
 
     `dense`, `sparse`: forward FLOPs (see `forward_flops`). Times the batch size, it is the FLOPs of a run.
     """
@@ -63,7 +70,8 @@ def training_flops(dense, sparse, steps, updates=0):
 
 # %% ../nbs/05_cost.ipynb #e7683418
 def alternate(contestants, rounds=20, warmup=3):
-    """Median seconds of each contestant, {name: function without arguments}, taking turns for `rounds` rounds.
+    """Median seconds of each contestant, {name: function without arguments},
+    taking turns for `rounds` rounds.
 
     Returns {name: seconds}. The first `warmup` rounds do not count.
     """

@@ -3,13 +3,14 @@
 # %% auto #0
 __all__ = ['SPARSITY', 'DISTRIBUTIONS', 'REWEIGHTING', 'CODE', 'Config', 'read_params', 'configure', 'rows', 'prepare',
            'sparsify', 'run_seed', 'code_hash', 'stamp', 'write_json', 'read_json', 'pending', 'row_path', 'run_row',
-           'ticking', 'cost', 'machine', 'run_seconds', 'stepper']
+           'ticking', 'machine', 'cost']
 
 # %% ../nbs/09_experiments.ipynb #b3e94ba6
 import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -23,12 +24,13 @@ import yaml
 from tqdm import tqdm
 
 from . import masks
-from .cost import alternate, forward_flops, parameters, peak_memory, training_flops
+from .cost import forward_flops, parameters, peak_memory, training_flops
 from .data import SIGMA, load
 from .metrics import group_accuracy
 from .models import cnn
-from .reweighting import cross_entropy, sample_weights, shuffled_batches, weighted_batches, weighted_cross_entropy
-from .training import PRECISIONS, ask, fit, train_step
+from .reweighting import (cross_entropy, sample_weights, shuffled_batches, weighted_batches,
+                                 weighted_cross_entropy)
+from .training import PRECISIONS, ask, fit
 
 # %% ../nbs/09_experiments.ipynb #e7a61464
 SPARSITY = {"dense": None, "static": masks.StaticSparse, "set": masks.SET, "rigl": masks.RigL}
@@ -38,14 +40,17 @@ REWEIGHTING = ("none", "sample", "loss")
 
 @dataclass(frozen=True)
 class Config:
-    """All that a row of the study depends on. Raises `ValueError`, naming field and value, for what cannot be run.
+    """All that a row of the study depends on.
 
-    The defaults are a smoke run. `steps`, `eval_every`, `delta_t` count optimizer steps; `t_end` is the share of them after which masks rest.
+    Raises `ValueError`, naming field and value, for what cannot be run.
+
+    The defaults are a smoke run. `steps`, `eval_every`, `delta_t` count optimizer steps;
+    `t_end` is the share of them after which masks rest.
     """
     conflict_ratio: float = 0.005   # setting: the data
     severity: int = 4
     data_seed: int = 0
-    upweight: float = 80
+    upweight: float = 80.0
     sparsity: str = "dense"         # method
     reweighting: str = "none"
     density: float = 0.05           # what sparse methods share
@@ -64,44 +69,76 @@ class Config:
     seeds: tuple = (41,)
 
     def __post_init__(self):
+        if not isinstance(self.seeds, (list, tuple)) or not all(type(seed) is int for seed in self.seeds):
+            raise ValueError(f"seeds is {self.seeds!r}; expected a list of whole numbers")
         object.__setattr__(self, "seeds", tuple(self.seeds))
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), type(field.default)
             if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
                 raise ValueError(f"{field.name} is {value!r}; expected {kind.__name__}")
-        for name, choices in dict(severity=SIGMA, sparsity=SPARSITY, distribution=DISTRIBUTIONS, reweighting=REWEIGHTING,
-                                  precision=PRECISIONS).items():
-            if getattr(self, name) not in choices: raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, choices))}")
+            if kind is float and not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value}; expected a finite number")
+        for name, choices in dict(severity=SIGMA, sparsity=SPARSITY, distribution=DISTRIBUTIONS,
+                                  reweighting=REWEIGHTING, precision=PRECISIONS).items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; "
+                                 f"expected one of {', '.join(map(str, choices))}")
         for name in ("conflict_ratio", "t_end", "drop_fraction"):
-            if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
         for name in ("upweight", "delta_t", "width", "lr", "batch_size", "steps", "eval_every"):
-            if not getattr(self, name) > 0: raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
-        if self.steps % self.eval_every: raise ValueError(f"steps is {self.steps}; expected a multiple of eval_every ({self.eval_every})")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds): raise ValueError(f"seeds is {list(self.seeds)}; expected one or more, all different")
-        with torch.device("meta"): masks.keep_counts(masks.maskable(cnn(width=self.width)), self.density, DISTRIBUTIONS[self.distribution])
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        for name in ("data_seed", "momentum", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.steps % self.eval_every:
+            raise ValueError(f"steps is {self.steps}; expected a multiple of eval_every ({self.eval_every})")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {list(self.seeds)}; expected one or more, all different")
+        with torch.device("meta"):
+            masks.keep_counts(masks.maskable(cnn(width=self.width)), self.density,
+                              DISTRIBUTIONS[self.distribution])
 
 # %% ../nbs/09_experiments.ipynb #1d37bd11
 def read_params(path):
-    "The study's params.yaml as a dict. Raises `ValueError` where a section is missing."
-    params = yaml.safe_load(Path(path).read_text())
+    """The study's params.yaml as a dict of its four sections, all names and fields in mappings.
+
+    Raises `ValueError`, naming the place, where it is no such thing.
+    """
+    try: params = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error: raise ValueError(f"params.yaml cannot be read: {error}") from None
     for section in ("common", "settings", "methods", "budgets"):
-        if not isinstance(params.get(section), dict): raise ValueError(f"{path} has no section {section!r}")
+        entries = params.get(section) if isinstance(params, dict) else None
+        if not isinstance(entries, dict): raise ValueError(f"params.yaml has no section {section!r} of names and values")
+        for name in entries if section != "common" else ():
+            if not isinstance(name, str) or "." in name:
+                raise ValueError(f"params.yaml, {section}: {name!r} is no name; expected text without a dot")
     return params
 
 
 def configure(params, budget, setting, method):
-    "The `Config` of one row. Raises `ValueError`, naming the place in params.yaml, for unknown names, fields and bad values."
+    """The `Config` of one row.
+
+    Raises `ValueError`, naming the place in params.yaml, for unknown names, fields and bad values.
+    """
     fields, origin = {}, {}
     for section, name in (("common", None), ("settings", setting), ("methods", method), ("budgets", budget)):
         place = params[section]
         if name is not None:
-            if name not in place: raise ValueError(f"params.yaml has no {name!r} in {section}; expected one of {', '.join(place)}")
-            place, section = place[name] or {}, f"{section}.{name}"
+            if name not in place:
+                raise ValueError(f"params.yaml has no {name!r} in {section}; "
+                                 f"expected one of {', '.join(map(str, place))}")
+            place, section = {} if place[name] is None else place[name], f"{section}.{name}"
+        if not isinstance(place, dict):
+            raise ValueError(f"params.yaml, {section} is {place!r}; expected fields and values")
         for field, value in place.items():
             if field not in Config.__dataclass_fields__:
-                near = difflib.get_close_matches(field, Config.__dataclass_fields__, 1)
-                raise ValueError(f"params.yaml, {section}: unknown field {field!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-            if field in fields: raise ValueError(f"params.yaml: {field!r} stands both in {origin[field]} and in {section}")
+                near = difflib.get_close_matches(str(field), Config.__dataclass_fields__, 1)
+                raise ValueError(f"params.yaml, {section}: unknown field {field!r}"
+                                 + (f"; did you mean {near[0]!r}?" if near else ""))
+            if field in fields:
+                raise ValueError(f"params.yaml: {field!r} stands both in {origin[field]} and in {section}")
             fields[field], origin[field] = value, section
     try: return Config(**fields)
     except ValueError as error:
@@ -115,25 +152,33 @@ def rows(params, budget):
 
 # %% ../nbs/09_experiments.ipynb #e89fa347
 def prepare(config, seed, train):
-    "All that `fit` needs to train one model on `train`, as keyword arguments (but for `valid` and `eval_every`)."
+    """All that `fit` needs to train one model on `train`, as keyword arguments
+    (but for `valid` and `eval_every`).
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = cnn(width=config.width).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum,
+                                weight_decay=config.weight_decay)
     weights = sample_weights(train.is_conflicting, config.upweight)
-    batches = (weighted_batches(weights, config.batch_size, config.steps, generator) if config.reweighting == "sample"
+    batches = (weighted_batches(weights, config.batch_size, config.steps, generator)
+               if config.reweighting == "sample"
                else shuffled_batches(len(train), config.batch_size, config.steps, generator))
     loss = weighted_cross_entropy(weights) if config.reweighting == "loss" else cross_entropy
-    return dict(model=model, optimizer=optimizer, train=train, batches=batches, loss=loss, hooks=sparsify(config, model, optimizer, seed),
-                scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps), precision=config.precision)
+    return dict(model=model, optimizer=optimizer, train=train, batches=batches, loss=loss,
+                hooks=sparsify(config, model, optimizer, seed),
+                scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps),
+                precision=config.precision)
 
 
 def sparsify(config, model, optimizer, seed):
     "The hooks that keep `model` sparse as `config` says: none, or one."
     kind = SPARSITY[config.sparsity]
     if kind is None: return []
-    dynamic = dict(delta_t=config.delta_t, t_end=config.t_end * config.steps, drop_fraction=config.drop_fraction) if issubclass(kind, masks.SET) else {}
-    return [kind(model, optimizer, config.density, distribution=DISTRIBUTIONS[config.distribution], seed=seed, **dynamic)]
+    dynamic = dict(delta_t=config.delta_t, t_end=config.t_end * config.steps,
+                   drop_fraction=config.drop_fraction) if issubclass(kind, masks.SET) else {}
+    return [kind(model, optimizer, config.density, distribution=DISTRIBUTIONS[config.distribution],
+                 seed=seed, **dynamic)]
 
 # %% ../nbs/09_experiments.ipynb #cfa55d72
 def run_seed(config, seed, split, progress=iter):
@@ -154,10 +199,12 @@ def run_seed(config, seed, split, progress=iter):
     for name, state in (("last", last), ("selected", fitted.best_state)):
         model.load_state_dict(state)
         tested[name] = group_accuracy(ask(model, test.x, config.precision).argmax(1), test.y, test.a)
-    return dict(seed=seed, updates=updates, best_step=fitted.best_step, **tested, history=fitted.history), seconds
+    return dict(seed=seed, updates=updates, best_step=fitted.best_step, **tested,
+                history=fitted.history), seconds
 
-# %% ../nbs/09_experiments.ipynb #55f24cde
-CODE = ("sources", "data", "models", "masks", "cost", "reweighting", "metrics", "training", "experiments")  # what a row depends on
+# %% ../nbs/09_experiments.ipynb #eab1aa87
+# what a row depends on
+CODE = ("sources", "data", "models", "masks", "cost", "reweighting", "metrics", "training", "experiments")
 
 
 def code_hash():
@@ -170,8 +217,10 @@ def code_hash():
 
 def stamp(config):
     "What a result must carry to be known as the present one's: configuration, versions, code."
-    versions = dict(python=platform.python_version(), torch=torch.__version__.split("+")[0], numpy=numpy.__version__, threads=torch.get_num_threads())
-    return json.loads(json.dumps(dict(config=dataclasses.asdict(config), versions=versions, code=code_hash())))
+    versions = dict(python=platform.python_version(), torch=torch.__version__.split("+")[0],
+                    numpy=numpy.__version__, threads=torch.get_num_threads())
+    return json.loads(json.dumps(dict(config=dataclasses.asdict(config), versions=versions,
+                                      code=code_hash())))
 
 
 def write_json(path, content):
@@ -191,27 +240,36 @@ def read_json(path, default=None):
 
 # %% ../nbs/09_experiments.ipynb #33c46eb4
 def pending(root, params, budget):
-    "The rows of a budget, (setting, method), whose stored result is missing or was made with other code or settings."
+    """The rows of a budget, (setting, method), whose stored result is missing
+    or was made with other code or settings.
+    """
     return [row for row, config in rows(params, budget).items()
-            if (stored := read_json(row_path(root, budget, *row))) is None or any(stored[k] != v for k, v in stamp(config).items())]
+            if (stored := read_json(row_path(root, budget, *row))) is None
+            or any(stored.get(k) != v for k, v in stamp(config).items())]
 
 
 def row_path(root, budget, setting, method, kind="rows"):
-    "Where a row's result lies: runs/`budget`/rows/<setting>-<method>.json; its wall-clock in the folder beside, `kind` seconds."
+    """Where a row's result lies: runs/`budget`/rows/<setting>-<method>.json;
+    its wall-clock in the folder beside, `kind` seconds.
+    """
     return Path(root) / "runs" / budget / kind / f"{setting}-{method}.json"
 
 
 def run_row(root, budget, setting, method):
-    """Train and test all seeds of one row; returns its result, a dict, and stores it under `root`/runs as JSON.
+    """Train and test all seeds of one row;
+    returns its result, a dict, and stores it under `root`/runs as JSON.
 
-    Wall-clock seconds and peak memory (bytes) go to a file of their own, under seconds/: they differ from run to run.
+    Wall-clock seconds and peak memory (bytes) go to a file of their own, under seconds/:
+    they differ from run to run.
     """
     params = read_params(Path(root) / "params.yaml")
     config = configure(params, budget, setting, method)
     todo = len({*pending(root, params, budget), (setting, method)}) * len(config.seeds) * config.steps
     made, path, runs, seconds = stamp(config), row_path(root, budget, setting, method), [], []
     split = lambda name: load(Path(root) / "sets" / f"{setting}.npz", name)
-    with tqdm(total=todo, unit="step", mininterval=2, bar_format="{desc} |{bar:20}| of all that is left: {percentage:.0f} %, {remaining} to go", file=sys.stderr) as bar:
+    with tqdm(total=todo, unit="step", mininterval=2,
+              bar_format="{desc} |{bar:20}| of all that is left: {percentage:.0f} %, {remaining} to go",
+              file=sys.stderr) as bar:
         for number, seed in enumerate(config.seeds, 1):
             bar.set_description_str(f"{budget} {setting} {method} seed {number}/{len(config.seeds)}")
             part = Path(root) / ".parts" / f"{budget}-{setting}-{method}-{seed}.json"
@@ -223,10 +281,13 @@ def run_row(root, budget, setting, method):
             else: bar.update(config.steps)
             runs.append(stored["result"])
             seconds.append(stored["seconds"])
-    result = dict(budget=budget, setting=setting, method=method, **made, cost=cost(config, runs[0]["updates"]), runs=runs)
+    result = dict(budget=budget, setting=setting, method=method, **made,
+                  cost=cost(config, runs[0]["updates"]), runs=runs)
     write_json(path, result)
-    write_json(row_path(root, budget, setting, method, "seconds"), dict(machine=machine(), training=seconds, peak_memory=peak_memory()))
-    for seed in config.seeds: (Path(root) / ".parts" / f"{budget}-{setting}-{method}-{seed}.json").unlink(missing_ok=True)
+    write_json(row_path(root, budget, setting, method, "seconds"),
+               dict(machine=machine(), training=seconds, peak_memory=peak_memory()))
+    for seed in config.seeds:
+        (Path(root) / ".parts" / f"{budget}-{setting}-{method}-{seed}.json").unlink(missing_ok=True)
     return result
 
 
@@ -237,52 +298,25 @@ def ticking(batches, bar):
         bar.update()
 
 
-def cost(config, updates):
-    "Counted cost of a row: parameters (all, nonzero), forward FLOPs and training FLOPs for one input (dense, sparse)."
-    torch.manual_seed(0)
-    model = cnn(width=config.width)
-    sparsify(config, model, torch.optim.SGD(model.parameters()), 0)
-    every, nonzero = parameters(model)
-    dense, sparse = forward_flops(model, (3, 28, 28))
-    needs_gradient = updates if config.sparsity == "rigl" else 0
-    return dict(parameters=every, nonzero_parameters=nonzero, dense_flops=dense, flops=sparse,
-                dense_training_flops=training_flops(dense, dense, config.steps), training_flops=training_flops(dense, sparse, config.steps, needs_gradient))
-
-# %% ../nbs/09_experiments.ipynb #ee68095b
 def machine():
     "What the seconds were taken on: processor, threads, torch."
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.is_file() else []
-    return dict(processor=names[0] if names else platform.processor() or platform.machine(), threads=torch.get_num_threads(), torch=torch.__version__.split("+")[0])
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines()
+             if line.startswith("model name")] if cpuinfo.is_file() else []
+    return dict(processor=names[0] if names else platform.processor() or platform.machine(),
+                threads=torch.get_num_threads(), torch=torch.__version__.split("+")[0])
 
 
-def run_seconds(root, budget, setting, rounds=20):
-    """Median seconds of a training step of each method on one setting, taking turns in this process; stored as runs/`budget`/seconds/steps.json.
-
-    Returns a dict: machine, rounds, batch_size, and for each method its step, its mask update, and the two together per step.
+def cost(config, updates):
+    """Counted cost of a row: parameters (all, kept),
+    forward FLOPs and training FLOPs for one input (dense, sparse).
     """
-    params = read_params(Path(root) / "params.yaml")
-    train, contestants, configs = load(Path(root) / "sets" / f"{setting}.npz", "train"), {}, {}
-    for method in params["methods"]:
-        config = configs[method] = dataclasses.replace(configure(params, budget, setting, method), steps=rounds + 10, eval_every=rounds + 10)
-        setup = prepare(config, 0, train)
-        contestants[method] = stepper(**setup)
-        for hook in setup["hooks"]:
-            if isinstance(hook, masks.SET): contestants[method, "update"] = hook.update
-    medians = alternate(contestants, rounds)
-    updates = {method: medians.get((method, "update"), 0) for method in params["methods"]}
-    result = dict(machine=machine(), rounds=rounds, setting=setting, methods={
-        method: dict(step=medians[method], update=updates[method], seconds=medians[method] + updates[method] / configs[method].delta_t)
-        for method in params["methods"]})
-    write_json(Path(root) / "runs" / budget / "seconds" / "steps.json", result)
-    return result
-
-
-def stepper(model, optimizer, train, batches, scheduler, **step):
-    "A function that does the next training step, as `fit` does."
-    batches = iter(batches)
-
-    def run():
-        train_step(model, optimizer, train, next(batches), **step)
-        scheduler.step()
-    return run
+    torch.manual_seed(0)
+    model = cnn(width=config.width)
+    sparsify(config, model, torch.optim.SGD(model.parameters()), 0)
+    every, kept = parameters(model)
+    dense, sparse = forward_flops(model, (3, 28, 28))
+    needs_gradient = updates if config.sparsity == "rigl" else 0
+    return dict(parameters=every, kept_parameters=kept, dense_flops=dense, flops=sparse,
+                dense_training_flops=training_flops(dense, dense, config.steps),
+                training_flops=training_flops(dense, sparse, config.steps, needs_gradient))

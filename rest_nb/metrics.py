@@ -14,18 +14,21 @@ from scipy import stats
 def group_accuracy(predicted, y, a):
     """Accuracies by group, as {name: value} and {name_n: number of samples} (for worst_cell: of that cell).
 
-    `predicted`, `y`, `a`: int tensors of one length N. A group without a sample has accuracy NaN, and is never the worst.
+    `predicted`, `y`, `a`: int tensors of one length N.
+    A group without a sample has accuracy NaN, and is never the worst.
     Raises `ValueError` for lengths that differ.
     """
     if not len(predicted) == len(y) == len(a):
-        raise ValueError(f"{len(predicted)} predictions, {len(y)} targets, {len(a)} attributes; expected as many of each")
+        raise ValueError(f"{len(predicted)} predictions, {len(y)} targets, {len(a)} attributes; "
+                         "expected as many of each")
     correct = (predicted == y).numpy()
     y, a = y.numpy(), a.numpy()
     groups = {"unbiased": y == y, "aligned": y == a, "conflicting": y != a}
     result = {}
     for name, members in groups.items():
         result[name], result[f"{name}_n"] = _share(correct[members])
-    for name, parts in (("worst_group", [y == a, y != a]), ("worst_cell", [(y == t) & (a == v) for t, v in _cells(y, a)])):
+    for name, parts in (("worst_group", [y == a, y != a]),
+                        ("worst_cell", [(y == t) & (a == v) for t, v in _cells(y, a)])):
         shares = [_share(correct[part]) for part in parts if part.any()]
         result[name], result[f"{name}_n"] = min(shares, default=(math.nan, 0))
     return result
@@ -38,7 +41,8 @@ def _cells(y, a): return np.unique(np.stack([y, a], 1), axis=0)
 
 # %% ../nbs/07_metrics.ipynb #71c4392b
 def over_seeds(values):
-    "Mean, standard deviation (n-1), half width of the 95 % t-interval and n; spread is NaN for a single value."
+    """Mean, standard deviation (n-1), half width of the 95 % t-interval and n;
+    spread is NaN for a single value."""
     values = np.asarray(values, dtype=float)
     n = len(values)
     sd = float(values.std(ddof=1)) if n > 1 else math.nan

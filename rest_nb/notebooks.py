@@ -12,7 +12,10 @@ import nbformat
 
 # %% ../nbs/0a_notebooks.ipynb #1541957f
 def project_root(start="."):
-    "The nearest folder at or above `start` that holds dvc.yaml. Raises `FileNotFoundError` where there is none."
+    """The nearest folder at or above `start` that holds dvc.yaml.
+
+    Raises `FileNotFoundError` where there is none.
+    """
     start = Path(start).resolve()
     for folder in (start, *start.parents):
         if (folder / "dvc.yaml").is_file(): return folder
@@ -21,7 +24,8 @@ def project_root(start="."):
 # %% ../nbs/0a_notebooks.ipynb #a2929154
 def clean(nb):
     "Strip, in place, from a notebook (nbformat 4 node) all that differs between two equal runs; returns it."
-    nb.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+    nb.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+                   "language_info": {"name": "python"}}
     count = 0
     for cell in nb.cells:
         tags = cell.metadata.get("tags")
@@ -59,21 +63,27 @@ def write(nb, path):
 
 # %% ../nbs/0a_notebooks.ipynb #937e8cc7
 def execute(source, target, cwd=None, **parameters):
-    """Run notebook `source` with `parameters` through papermill and store it, cleaned, as `target`, whole or not at all.
+    """Run notebook `source` with `parameters` through papermill
+    and store it, cleaned, as `target`, whole or not at all.
 
-    `cwd`: the folder to run in, the caller's by default. Raises `ValueError` where there are parameters and no cell is tagged `parameters` (papermill would ignore them in silence),
-    `RuntimeError` where a cell raises; the notebook up to there is then `target` with the suffix `.failed.ipynb`.
+    `cwd`: the folder to run in, the caller's by default.
+    Raises `ValueError` where there are parameters and no cell is tagged `parameters`
+    (papermill would ignore them in silence), `RuntimeError` where a cell raises;
+    the notebook up to there is then `target` with the suffix `.failed.ipynb`.
     """
     import papermill
     source, target = Path(source), Path(target)
-    if parameters and not any("parameters" in c.metadata.get("tags", []) for c in nbformat.read(source, 4).cells):
-        raise ValueError(f"{source} has no cell tagged `parameters`: {', '.join(parameters)} would be ignored")
+    if parameters and not any("parameters" in c.metadata.get("tags", [])
+                              for c in nbformat.read(source, 4).cells):
+        raise ValueError(f"{source} has no cell tagged `parameters`: "
+                         f"{', '.join(parameters)} would be ignored")
     target.parent.mkdir(parents=True, exist_ok=True)
     aside, failed = target.with_suffix(".part.ipynb"), target.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
     try:
-        papermill.execute_notebook(str(source), str(aside), parameters, kernel_name="python3", progress_bar=False, cwd=cwd,
-                                   stderr_file=sys.stderr)
+        papermill.execute_notebook(str(source), str(aside), parameters, kernel_name="python3",
+                                   progress_bar=False, cwd=cwd, stderr_file=sys.stderr,
+                                   extra_arguments=["--log-level=ERROR"])
         write(clean(nbformat.read(aside, 4)), target)
     except papermill.PapermillExecutionError as error:
         os.replace(aside, failed)

@@ -12,14 +12,19 @@ UPWEIGHT = {0.005: 80, 0.01: 50, 0.02: 30, 0.05: 10}  # conflict ratio: upweight
 
 
 def sample_weights(is_conflicting, upweight):
-    "Weight 1 for aligned samples, `upweight` for conflicting ones (float64, N). Raises `ValueError` unless it is above 0."
-    if not upweight > 0: raise ValueError(f"upweight is {upweight}; expected a number above 0")
-    return torch.where(is_conflicting, float(upweight), 1.0).double()
+    """Weight 1 for aligned samples, `upweight` for conflicting ones (float64, N).
+
+    Raises `ValueError` unless it is above 0.
+    """
+    if not 0 < upweight < float("inf"): raise ValueError(f"upweight is {upweight}; expected a number above 0")
+    return torch.ones(len(is_conflicting), dtype=torch.float64).masked_fill_(is_conflicting, upweight)
 
 # %% ../nbs/06_reweighting.ipynb #18c96679
 def shuffled_batches(n, batch_size, steps, generator):
-    "Yield `steps` batches of indices below `n`: each index once an epoch, in random order, without short batches."
-    if batch_size > n: raise ValueError(f"batch_size is {batch_size}; expected at most the {n} samples there are")
+    """Yield `steps` batches of indices below `n`:
+    each index once an epoch, in random order, without short batches."""
+    if batch_size > n:
+        raise ValueError(f"batch_size is {batch_size}; expected at most the {n} samples there are")
     left = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         if len(left) < batch_size: left = torch.randperm(n, generator=generator)

