@@ -19,7 +19,7 @@ install: .venv/installed ## Make .venv and install the locked packages (about 3 
 .venv/installed: constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "make: Python is %d.%d; expected 3.11 or later: make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[study]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[study]'
 	@touch $@
 
 repro: install ## Train the quick study from nothing (about 7 minutes) and print its table
@@ -33,8 +33,8 @@ runs/quick/20_colored_mnist.ipynb: runs/quick/accuracy.csv nbs/20_colored_mnist.
 
 runs/quick/accuracy.csv: ;
 
-data: install ## Fetch the raw images and build the data sets
-	@dvc repro --quiet sets
+data: install ## Fetch the raw images, by hash
+	@dvc repro --quiet data.dvc
 
 test: data ## Check export, notebooks, library (pytest) and every stored output (nbval); under 5 minutes
 	@.ci/exported

@@ -24,6 +24,8 @@ def sets(root, setting):
     from rest_nb.data import SPLITS, colored_mnist, examples, save
     from rest_nb.experiments import read_params, rows, write_json
     params = read_params(root / "params.yaml")
+    if setting not in params["settings"]:
+        raise ValueError(f"params.yaml has no {setting!r} in settings; expected one of {', '.join(params['settings'])}")
     config = next(config for budget in params["budgets"]
                   for (name, _), config in rows(params, budget).items() if name == setting)
     built = {split: colored_mnist(root / "data", split, conflict_ratio=config.conflict_ratio,
@@ -128,6 +130,5 @@ def main(words=None):
         return 1
     return 0
 
-# %% ../nbs/0d_commands.ipynb #4ba1a7e5
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
+# %% ../nbs/0d_commands.ipynb #a7d2bccd
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # a notebook is __main__ too, without a file

@@ -39,9 +39,9 @@ def time_methods(root, budget, setting, rounds=20):
     params = read_params(Path(root) / "params.yaml")
     train, contestants, configs = load(Path(root) / "sets" / f"{setting}.npz", "train"), {}, {}
     for method in params["methods"]:
-        config = configs[method] = dataclasses.replace(configure(params, budget, setting, method),
-                                                       steps=rounds + 10, eval_every=rounds + 10)
-        setup = prepare(config, 0, train)
+        config = configs[method] = configure(params, budget, setting, method)
+        timed = 2 * rounds + 10  # more steps than will be taken, and no mask update among them
+        setup = prepare(dataclasses.replace(config, steps=timed, eval_every=timed, delta_t=timed), 0, train)
         contestants[method] = stepper(**setup)
         for hook in setup["hooks"]:
             if isinstance(hook, masks.SET): contestants[method, "update"] = hook.update
@@ -51,7 +51,7 @@ def time_methods(root, budget, setting, rounds=20):
     updates = {method: medians.get((method, "update"), 0) for method in configs}
     result = dict(machine=machine(), rounds=rounds, setting=setting, batch=medians["batch"], methods={
         method: dict(step=medians[method], update=updates[method],
-                     seconds=medians[method] + updates[method] / config.delta_t)
+                     seconds=medians[method] + updates[method] * config.t_end / config.delta_t)
         for method, config in configs.items()})
     write_json(Path(root) / "runs" / budget / "seconds" / "steps.json", result)
     return result

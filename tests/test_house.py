@@ -20,9 +20,14 @@ def imported(path):
     "The modules of rest_nb that a file imports, anywhere in it."
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rest_nb":
-            found |= {a.name for a in node.names} if node.module == "rest_nb" else {node.module.split(".")[1]}
+        if isinstance(node, ast.ImportFrom):
+            package, _, module = (("rest_nb." if node.level else "") + (node.module or "")).rstrip(".").partition(".")
+            if package == "rest_nb": found |= {module} if module else {name.name for name in node.names}
     return found
+
+
+def test_the_reader_of_imports_reads_them():
+    assert {"masks", "cost", "data", "training"} <= imported(ROOT / "rest_nb" / "experiments.py")
 
 
 def test_every_module_has_its_notebook():
