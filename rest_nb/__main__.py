@@ -77,9 +77,10 @@ def show(root, budget):
     print(f"\nColored MNIST, budget {budget}: accuracy in percent, mean ± sd over n seeds; "
           "FLOPs and seconds of training, of ERM's\n")
     print(table(load_rows(root, budget), load_seconds(root, budget)).to_string(index=False))
-    print(f"\nThe page:            runs/{budget}/20_colored_mnist.ipynb\n"
+    page_folder = "nbs" if budget == "cpu" else f"runs/{budget}"
+    print(f"\nThe page:            {page_folder}/20_colored_mnist.ipynb\n"
           f"Executed notebooks:  runs/{budget}/rows/*.ipynb\n"
-          "Open them with:      make lab   (or: .venv/bin/jupyter lab runs/" f"{budget})")
+          f"Open them with:      .venv/bin/jupyter lab runs/{budget}   (the library: make lab)")
 
 
 def check(root):
