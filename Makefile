@@ -17,7 +17,7 @@ help: ## Show what each target does
 install: .venv/installed ## Make .venv and install the locked packages (about 3 minutes)
 
 .venv/installed: constraints.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11, 5) else "make: Python is %d.%d.%d; expected 3.11.5 or later, as in: make PYTHON=python3.12" % sys.version_info[:3])'
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "make: Python is %d.%d.%d; expected 3.11 or later, as in: make PYTHON=python3.12" % sys.version_info[:3])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[study]'
 	@touch $@
