@@ -22,7 +22,7 @@ install: .venv/installed ## Make .venv and install the locked packages (about 3 
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[study]'
 	@touch $@
 
-repro: install ## Train the quick study from nothing (about 7 minutes) and print its table
+repro: install ## Train the quick study from nothing (about 8 minutes) and print its table
 	@dvc repro --quiet quick
 	@$(MAKE) --no-print-directory runs/quick/table.txt
 	@cat runs/quick/table.txt
@@ -44,7 +44,7 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Rebuild the stored long study (about an hour), the stored page and the README's table
+study: install ## Bring the stored long study, its page and the README's table up to date (up to 40 minutes)
 	dvc repro cpu
 	$(RUN) page cpu
 

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'METHOD_COLOURS', 'MARKS', 'load_rows', 'accuracies', 'histories', 'percent', 'table', 'load_seconds',
-           'paired_difference', 'accuracy_figure', 'learning_figure', 'turning_points', 'examples_figure', 'counts',
-           'readme_table', 'with_table']
+           'paired_difference', 'differences', 'accuracy_figure', 'learning_figure', 'turning_points',
+           'examples_figure', 'counts', 'readme_table', 'with_table']
 
 # %% ../nbs/0c_results.ipynb #d696110b
 from pathlib import Path
@@ -49,7 +49,8 @@ def histories(rows):
                          for (s, m), row in rows.items() for run in row["runs"] for entry in run["history"]])
 
 # %% ../nbs/0c_results.ipynb #a0f88bcd
-GROUPS = {"conflicting": "conflicting", "worst_group": "worst group", "unbiased": "unbiased"}
+GROUPS = {"conflicting": "conflicting", "worst_group": "worst group", "worst_cell": "worst cell",
+          "unbiased": "unbiased"}
 
 
 def percent(values):
@@ -90,6 +91,23 @@ def paired_difference(tested, setting, method, rival, group="conflicting"):
     """
     of = lambda m: tested[(tested.setting == setting) & (tested.method == m)].set_index("seed")[group]
     return over_seeds((of(method) - of(rival)).dropna())
+
+
+def differences(rows, pairs):
+    """Paired differences in conflicting test accuracy, in points with 95 % t-intervals.
+
+    A line for each setting and pair. `pairs`: (method, rival) tuples.
+    Columns for the `selected` and for the `last` states.
+    """
+    lines = []
+    for setting in dict.fromkeys(s for s, _ in rows):
+        for method, rival in pairs:
+            line = dict(setting=setting, difference=f"{method} - {rival}")
+            for state in ("selected", "last"):
+                d = paired_difference(accuracies(rows, state), setting, method, rival)
+                line |= {state: f"{100 * d['mean']:+.1f} ± {100 * d['ci95']:.1f}", "n": d["n"]}
+            lines.append(line)
+    return pd.DataFrame(lines)[["setting", "difference", "selected", "last", "n"]]
 
 # %% ../nbs/0c_results.ipynb #8560fb35
 METHOD_COLOURS = dict(ERM="tab:blue", ReW="tab:orange", RigL="tab:green", REST="tab:red")
