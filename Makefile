@@ -22,7 +22,7 @@ install: .venv/installed ## Make .venv and install the locked packages (about 3 
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[study]'
 	@touch $@
 
-repro: install ## Train the quick study from nothing (about 9 minutes) and print its table
+repro: install ## Train the quick study from nothing (about 7 minutes) and print its table
 	@dvc repro --quiet quick
 	@$(MAKE) --no-print-directory runs/quick/table.txt
 	@cat runs/quick/table.txt
