@@ -24,15 +24,6 @@ from rest_nb.sources import load_torchvision
 relaxed = settings(max_examples=100, deadline=None, derandomize=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Networks this small lose more to waiting for a second thread than it gives."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def total(model, shape): return int(layer_costs(model, shape).dense_macs.sum())
 
 

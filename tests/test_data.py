@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faults import full_disk
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -346,15 +347,6 @@ def test_same_sets_same_bytes_whenever_written(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "localtime", lambda at=None: localtime((now() if at is None else at) + 1e6))
     save(tmp_path / "two.npz", {"train": sets_of(2, 1)})
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
-
-
-@contextlib.contextmanager
-def full_disk(room):
-    "The kernel refuses to let any file grow beyond `room` bytes."
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try: yield
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("room", [0, 5_000, -1], ids=["no room", "room for half", "room for all but a byte"])

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from faults import full_while_renaming, full_while_writing
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
@@ -35,15 +36,6 @@ from rest_nb.training import fit
 ROOT = Path(__file__).parents[1]
 STORED = yaml.safe_load((ROOT / "params.yaml").read_text())
 FIELDS = [field.name for field in dataclasses.fields(Config)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Networks this small are slower on many threads, and much slower on a busy machine."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def split_of(config, n=200):
@@ -660,20 +652,6 @@ def test_a_missing_set_says_how_to_make_it(root):
     with pytest.raises(FileNotFoundError, match="rare.npz is missing: .*dvc repro sets"):
         run_row(root, "tiny", "rare", "ERM")
     assert not leftovers(root) and not (root / "runs").exists()
-
-
-def full_while_writing(monkeypatch):
-    real = Path.write_text
-
-    def write_half(path, text, *args, **kwargs):
-        real(path, text[:len(text) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(Path, "write_text", write_half)
-
-
-def full_while_renaming(monkeypatch):
-    def refuse(*paths): raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, "replace", refuse)
 
 
 @pytest.mark.parametrize("full", [full_while_writing, full_while_renaming])

@@ -23,15 +23,6 @@ few, many = (settings(max_examples=n, deadline=None, derandomize=True) for n in 
 methods = pytest.mark.parametrize("kind", [SET, RigL])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Networks this small lose more to waiting for a second thread than it gives."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 CNN = [(64, 3, 4, 4), (128, 64, 4, 4), (256, 128, 4, 4), (10, 256)]  # the paper's network, facts/rest.md §1.3
 CNN_POSITIONS = [14 * 14, 7 * 7, 3 * 3, 1]  # at 28×28: each convolution halves the sides, rounding down
 

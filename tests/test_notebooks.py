@@ -13,6 +13,7 @@ import nbformat
 import pytest
 import torch
 import yaml
+from faults import full_while_renaming, full_while_writing
 from hypothesis import given, settings, strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -187,20 +188,6 @@ def test_a_first_run_that_fails_leaves_no_target(tmp_path):
     source = notebook(tmp_path / "a.ipynb", "1 / 0")
     with pytest.raises(RuntimeError, match="ZeroDivisionError"): execute(source, tmp_path / "b.ipynb")
     assert files(tmp_path) == ["a.ipynb", "b.failed.ipynb"]
-
-
-def full_while_writing(monkeypatch):
-    real = Path.write_text
-
-    def write_half(path, text, *args, **kwargs):
-        real(path, text[:len(text) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(Path, "write_text", write_half)
-
-
-def full_while_renaming(monkeypatch):
-    def refuse(*paths): raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, "replace", refuse)
 
 
 @pytest.mark.parametrize("full", [full_while_writing, full_while_renaming])

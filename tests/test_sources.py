@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from faults import full_disk
 from hypothesis import given, settings, strategies as st
 
 from rest_nb import __main__ as commands
@@ -88,15 +89,6 @@ def refused(sources_, root, capsys):
     "Fetch in vain; returns the lines on stderr."
     with pytest.raises(SourceError): fetch_mnist(root, sources_)
     return capsys.readouterr().err.splitlines()
-
-
-@contextlib.contextmanager
-def full_disk(room):
-    "The kernel refuses to let any file grow beyond `room` bytes."
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try: yield
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # --- fetch_mnist: what it puts, and what it leaves alone

@@ -17,15 +17,6 @@ from rest_nb.models import cnn
 from rest_nb.training import as_input, ask, autocast, fit, logits_of, train_step, validate
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Networks this small are slower on many threads, and much slower on a busy machine."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def blobs(n, seed):
     "Noise with a bright square whose place tells the class; a third of the bias attributes conflict."
     g = torch.Generator().manual_seed(seed)
