@@ -233,7 +233,7 @@ def eight_weights(optimizer_class, kind=RigL, **kwargs):
     backward(layer, torch.ones(2, 4))
     optimizer.step()  # the optimizer makes its state
     with torch.no_grad(): layer.weight.copy_(WEIGHT)
-    method.masks["weight"] = MASK.clone()
+    method.layers["weight"].mask = MASK.clone()
     for state in optimizer.state[layer.weight].values():
         if state.shape == MEMORY.shape: state.copy_(MEMORY)
     backward(layer, GRADIENT)
@@ -249,10 +249,10 @@ def test_rigl_exchanges_what_the_table_says():
     # Kept weights and their momentum are as they were; all else starts from nothing, 0 too, which came back.
     assert layer.weight.tolist() == (WEIGHT * KEPT).tolist()
     assert optimizer.state[layer.weight]["momentum_buffer"].tolist() == (MEMORY * KEPT).tolist()
-    assert layer.weight.grad.tolist() == (GRADIENT * NEW).tolist()
+    assert layer.weight.grad.tolist() == (GRADIENT * KEPT).tolist()  # grown ones wait for the next step's
     optimizer.step(); rigl.after_step()
-    # Kept: v = .9·v + g, so 1: 1.8 + 99 = 100.8 and 7: 7.2 + .5 = 7.7. Grown: v = g, without its former life.
-    expected = torch.tensor([[0 + .7, -.5 - 10.08, 0, 0], [0, 0 + .8, 0, .9 - .77]])
+    # Kept: v = .9·v + g, so 1: 1.8 + 99 = 100.8 and 7: 7.2 + .5 = 7.7. Grown ones stay at 0, without their former life.
+    expected = torch.tensor([[0, -.5 - 10.08, 0, 0], [0, 0, 0, .9 - .77]])
     assert torch.allclose(layer.weight, expected, rtol=0, atol=1e-5)
 
 
@@ -270,7 +270,7 @@ def test_set_drops_the_same_and_grows_anywhere():
     runs, hits = 300, torch.zeros(2, 4)
     layer, _, method = eight_weights(torch.optim.SGD, kind=SET)
     for _ in range(runs):
-        method.masks["weight"] = MASK.clone()
+        method.layers["weight"].mask = MASK.clone()
         with torch.no_grad(): layer.weight.copy_(WEIGHT)
         method.update()
         assert layer.weight.tolist() == (WEIGHT * KEPT).tolist() and method.masks["weight"].sum() == 4
@@ -314,7 +314,7 @@ def test_all_weights_and_gradients_zero():
     # The official code drops all tied weights and may "grow" active ones: layers dwindle (facts/rest §4.5).
     layer = linear(4, 2)
     rigl = RigL(layer, sgd(layer), .5, delta_t=1, t_end=10_000, drop_fraction=.6)
-    rigl.masks["weight"] = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0]]).bool()
+    rigl.layers["weight"].mask = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0]]).bool()
     nn.init.zeros_(layer.weight)
     backward(layer, torch.zeros(2, 4))
     rigl.before_step()

@@ -1,0 +1,457 @@
+"""Layers stored sparse: PyTorch's dense convolution, batch-norm and linear layer with a masked weight are the oracle;
+for whole runs, the same network with masks."""
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from rest_nb import kernels, sparse
+from rest_nb.masks import SET, RigL, StaticSparse, maskable
+from rest_nb.models import cnn, evaluating
+from rest_nb.sparse import SparseConv2d, SparseLinear, densify, sparsify
+
+
+def is_close(ours, theirs, relative=1e-5, scale=0):
+    "Within `relative` of the largest magnitude (or of `scale`), NaN and Inf at the same places."
+    ours, theirs = ours.detach(), theirs.detach()
+    finite = theirs.isfinite()
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert torch.equal(ours[~finite].nan_to_num(7, 8, 9), theirs[~finite].nan_to_num(7, 8, 9)) and ours[finite].isfinite().all()
+    scale = scale or (theirs[finite].abs().max().item() if finite.any() else 0)
+    assert not finite.any() or (ours - theirs)[finite].abs().max().item() <= relative * scale + 1e-30
+    return True
+
+
+def masked(layer, share, seed=0):
+    "A copy of `layer` with random weights at zero, and its mask."
+    layer = copy.deepcopy(layer)
+    mask = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(seed)) < share
+    with torch.no_grad(): layer.weight.mul_(mask)
+    return layer, mask
+
+
+def gradients(layer, x, g):
+    "Output and gradients: to the input, and {name: to a parameter}."
+    x = x.detach().clone().requires_grad_()
+    layer.zero_grad()
+    out = layer(x)
+    out.backward(g)
+    return out, x.grad, {name: p.grad for name, p in layer.named_parameters()}
+
+
+@st.composite
+def convolutions(draw):
+    "Any convolution that is supported, and the size of a batch it can take."
+    pick = lambda low, high: draw(st.integers(low, high))
+    groups = pick(1, 3)
+    kernel, dilation = (pick(1, 4), pick(1, 4)), (pick(1, 2), pick(1, 2))
+    stride = (pick(1, 3), pick(1, 3))
+    padding = draw(st.sampled_from([(pick(0, 3), pick(0, 3)), "valid"] + (["same"] if stride == (1, 1) else [])))
+    size = [d * (k - 1) + 1 + pick(0, 5) for k, d in zip(kernel, dilation)]
+    torch.manual_seed(pick(0, 999))
+    layer = nn.Conv2d(groups * pick(1, 4), groups * pick(1, 5), kernel, stride, padding, dilation, groups, bias=draw(st.booleans()))
+    batch = draw(st.sampled_from([1, 2, 3, 15, 16, 17, 33, 64, 70, 128, 257, 300]))
+    return layer, (batch, layer.in_channels, *size), draw(st.sampled_from([0, .05, .3, 1]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(convolutions())
+def test_convolution_is_the_masked_dense_one(case):
+    layer, shape, share = case
+    dense, mask = masked(layer, share)
+    ours, x = SparseConv2d(copy.deepcopy(dense), mask), torch.randn(shape)
+    with torch.no_grad(): g = torch.randn_like(dense(x))
+    out, to_x, to = gradients(ours, x, g)
+    # The oracle in double precision: its own rounding must not count as our error. Where terms cancel, rounding is measured by their magnitudes.
+    expected, to_x2, to2 = gradients(copy.deepcopy(dense).double(), x.double(), g.double())
+    large = copy.deepcopy(dense).double()
+    for p in large.parameters(): p.data.abs_()
+    terms, to_x3, to3 = gradients(large, x.double().abs(), g.double().abs())
+    top = lambda t: t.abs().max().item() if t.numel() else 0
+    assert is_close(out, expected.float(), 1e-6, top(terms)) and is_close(to_x, to_x2.float(), 1e-6, top(to_x3))
+    assert is_close(to["values"], to2["weight"][mask].float(), 1e-6, top(to3["weight"]))
+    if dense.bias is not None: assert is_close(to["bias"], to2["bias"].float(), 1e-6, top(to3["bias"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.lists(st.integers(1, 40), min_size=0, max_size=3), st.sampled_from([0, .3, 1]))
+def test_linear_is_the_masked_dense_one(inputs, outputs, batch, share):
+    torch.manual_seed(0)
+    dense, mask = masked(nn.Linear(inputs, outputs), share)
+    ours, x, g = SparseLinear(copy.deepcopy(dense), mask), torch.randn(*batch, inputs), torch.randn(*batch, outputs)
+    for (a, b) in zip(gradients(ours, x, g)[:2], gradients(dense, x, g)[:2]): assert is_close(a, b)
+    assert is_close(ours.values.grad, dense.weight.grad[mask]) and is_close(ours.bias.grad, dense.bias.grad)
+
+
+@pytest.mark.parametrize("stride, dilation, groups", [(1, 1, 1), (2, 1, 2), (1, 2, 1)])
+def test_gradcheck_in_double_precision(stride, dilation, groups):
+    torch.manual_seed(0)
+    dense, mask = masked(nn.Conv2d(2, 4, 3, stride, 1, dilation, groups).double(), .5)
+    layer, x = SparseConv2d(dense, mask), torch.randn(2, 2, 5, 4, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, values, bias: sparse.Convolve.apply(x, values, bias, None, None, layer),
+                                    (x, layer.values, layer.bias))
+
+
+def chain(channels=5, outputs=6, relu=True, bias=False):
+    torch.manual_seed(3)
+    norm = nn.BatchNorm2d(outputs)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    norm.weight.data[0] = 0
+    return nn.Sequential(nn.Conv2d(channels, outputs, 3, 2, 1, bias=bias), norm, *([nn.ReLU()] if relu else []))
+
+
+@pytest.mark.parametrize("batch", [3, 40])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_convolution_norm_and_relu_in_one_go(batch, relu, bias, is_first):
+    dense = chain(relu=relu, bias=bias)
+    ours = sparsify(copy.deepcopy(dense), .3)
+    with torch.no_grad(): dense[0].weight.mul_(ours[0].mask)
+    assert ours[0].norm == [ours[1]] and type(ours[1]) is sparse.PassedNorm  # not the slow way round
+    for _ in range(2):
+        x, g = torch.randn(batch, 5, 8, 7), torch.randn(batch, 6, 4, 4)
+        if is_first:  # an input without gradient: its kernels keep no output
+            ours.zero_grad(), dense.zero_grad()
+            out, expected = ours(x), dense(x)
+            out.backward(g), expected.backward(g)
+        else:
+            out, to_x, _ = gradients(ours, x, g)
+            expected, to_x2, _ = gradients(dense, x, g)
+            assert is_close(to_x, to_x2, 1e-4)
+        assert is_close(out, expected, 1e-5)
+        assert is_close(ours[0].values.grad, dense[0].weight.grad[ours[0].mask], 1e-4)
+        assert is_close(ours[1].weight.grad, dense[1].weight.grad, 1e-4) and is_close(ours[1].bias.grad, dense[1].bias.grad, 1e-4)
+        if bias: assert ours[0].bias.grad.abs().max() < 1e-4 and dense[0].bias.grad.abs().max() < 1e-4
+        for name in ("running_mean", "running_var"): assert is_close(getattr(ours[1], name), getattr(dense[1], name))
+        assert ours[1].num_batches_tracked == dense[1].num_batches_tracked
+    for grad in (torch.no_grad, torch.enable_grad):
+        with evaluating(ours), evaluating(dense), grad(): assert is_close(ours(x), dense(x))
+
+
+def test_norm_needs_more_than_one_value():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        sparsify(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), .5)(torch.rand(1, 2, 3, 3))
+
+
+def test_residual_network_of_torchvision():
+    from rest_nb.sources import load_torchvision
+    load_torchvision()
+    from torchvision.models.resnet import BasicBlock, ResNet
+    torch.manual_seed(0)
+    dense = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=7).double()
+    ours = sparsify(copy.deepcopy(dense), .2)
+    masks = {name: layer.mask for name, layer in ours.named_modules() if isinstance(layer, SparseConv2d)}
+    with torch.no_grad():
+        for name, mask in masks.items(): dense.get_submodule(name).weight.mul_(mask)
+    x, y = torch.rand(40, 3, 40, 40).double(), torch.arange(40) % 7
+    losses = [F.cross_entropy(model(x), y) for model in (ours, dense)]
+    for loss in losses: loss.backward()
+    assert is_close(*losses)
+    for name, mask in masks.items():
+        assert is_close(ours.get_submodule(name).values.grad, dense.get_submodule(name).weight.grad[mask])
+    with evaluating(ours), evaluating(dense), torch.no_grad(): assert is_close(ours(x), dense(x))
+    back = densify(ours)
+    assert [type(m) for m in back.modules()] == [type(m) for m in dense.modules()]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_come_out_as_from_the_dense_layer(bad):
+    torch.manual_seed(0)
+    dense, mask = masked(nn.Conv2d(2, 3, 3, padding=1), 1.)  # 0 · Inf is NaN: a masked weight is no absent one
+    x = torch.randn(20, 2, 6, 6)
+    x[3, 1, 2, 2] = bad
+    assert is_close(SparseConv2d(dense, mask)(x), dense(x))
+    model = sparsify(chain(2, 3), .99)
+    assert model(x)[:, 1].isnan().any() or bad == -float("inf")
+
+
+def test_results_are_equal_for_any_number_of_threads():
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            model = sparsify(cnn(width=8), .2)
+            for _ in range(3):
+                model.zero_grad()
+                model(torch.rand(70, 3, 28, 28)).square().sum().backward()
+            results.append([p.grad for p in model.parameters()] + list(model.buffers()))
+    finally: torch.set_num_threads(before)
+    for other in results[1:]: assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_samples_lie_innermost_and_any_module_takes_them():
+    out = sparsify(nn.Conv2d(2, 3, 3), .5)(torch.rand(7, 2, 6, 6))
+    assert out.shape == (7, 3, 4, 4) and out.stride() == (1, 112, 28, 7)
+    out.relu_()  # in place, as ResNets do
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.MaxPool2d(2, return_indices=False), nn.Conv2d(4, 4, 1),
+                          nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    ours, x = sparsify(copy.deepcopy(dense), .5), torch.randn(9, 2, 12, 12)
+    with torch.no_grad():
+        for name, mask in StaticSparse(ours, None).masks.items(): dense.get_parameter(name).mul_(mask)
+    g = torch.randn(9, 3)
+    for a, b in zip(gradients(ours, x, g)[:2], gradients(dense, x, g)[:2]): assert is_close(a, b)
+
+
+# ------------------------------------------------------------------------------------ sparsify, densify
+
+def test_densify_gives_the_same_network_back():
+    torch.manual_seed(0)
+    dense = nn.Sequential(cnn(width=8), nn.Linear(10, 4)).eval()
+    dense[1].weight.requires_grad_(False)
+    before = copy.deepcopy(dense)
+    back = densify(sparsify(dense, .3, seed=5))
+    assert repr(back) == repr(before) and back is dense and not back[0].training and not back[1].weight.requires_grad
+    masks = StaticSparse(before, None, .3, seed=5).masks
+    for name, p in before.named_parameters():
+        assert torch.equal(back.get_parameter(name), p)  # masked, to the bit
+        if name in masks: assert p.ne(0).sum() == masks[name].sum()
+
+
+def test_only_values_are_parameters():
+    model = sparsify(cnn(width=8), .1)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.rand(4, 3, 28, 28)).sum().backward()
+    optimizer.step()
+    kept = round(.1 * sum(w.numel() for w in maskable(cnn(width=8)).values()))
+    held = [layer.values for layer in model.modules() if isinstance(layer, SparseConv2d)]
+    assert sum(v.numel() for v in held) == kept
+    assert all(t.numel() in (1, v.numel()) for v in held for t in [v.grad, *optimizer.state[v].values()])
+    largest = max(t.numel() for t in [*model.parameters(), *model.buffers()])
+    assert largest < 1000 < max(w.numel() for w in maskable(cnn(width=8)).values())  # no dense weight anywhere
+
+
+def test_saved_copied_pickled_and_converted():
+    torch.manual_seed(0)
+    model, x = sparsify(cnn(width=4), .3), torch.rand(20, 3, 28, 28)
+    model(x).sum().backward()  # what kernels need is made
+    with evaluating(model), torch.no_grad():
+        expected = model(x)
+        other = sparsify(cnn(width=4), .3, seed=9)
+        with evaluating(other):
+            other(x)
+            other.load_state_dict(model.state_dict())  # positions too, in place
+            assert torch.equal(other(x), expected)
+        twin, stream = copy.deepcopy(model), io.BytesIO()
+        assert torch.equal(twin(x), expected)
+        assert twin[0].norm[0] is twin[1] is not model[1]
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+        torch.save(model, stream)
+        stream.seek(0)
+        assert torch.equal(torch.load(stream, weights_only=False)(x), expected)
+        assert is_close(copy.deepcopy(model).double()(x.double()).float(), expected)
+        half = copy.deepcopy(model).bfloat16()(x.bfloat16())
+        assert half.dtype == torch.bfloat16 and (half.float() - expected).abs().max() < .05 * expected.abs().max()
+        with torch.autocast("cpu", torch.bfloat16): assert torch.equal(model(x.bfloat16()), model(x.bfloat16().float()))
+
+
+def test_the_trained_copy_leaves_the_original_alone():
+    model = sparsify(cnn(width=4), .3)
+    twin = copy.deepcopy(model).train()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(twin.parameters(), .1)
+    twin(torch.rand(20, 3, 28, 28)).square().sum().backward()
+    optimizer.step()
+    assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+    assert not torch.equal(twin[1].running_mean, model[1].running_mean)
+
+
+def test_frozen_values_get_no_gradient():
+    model = sparsify(cnn(width=4), .3)
+    model[0].values.requires_grad_(False)
+    model(torch.rand(20, 3, 28, 28)).sum().backward()
+    assert model[0].values.grad is None and model[3].values.grad is not None
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("model, says", [
+    (nn.Sequential(nn.Conv1d(2, 3, 3)), "0 is a Conv1d"), (nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2, 3, 3)), "1 is a ConvTranspose2d"),
+    (nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect")), "0 pads with 'reflect'"),
+    (nn.MultiheadAttention(4, 2), "out_proj is a NonDynamicallyQuantizableLinear"), (tied(), "1 shares its weight with 0"),
+    (nn.Sequential(nn.LazyLinear(3)), "0 is a LazyLinear"), (nn.ReLU(), "ReLU has no conv or linear layer")])
+def test_refused_by_name(model, says):
+    with pytest.raises(ValueError, match=says): sparsify(model, .5)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 8), (3, 4, 8, 8), (3, 2, 2, 8)])
+def test_input_of_a_wrong_shape(shape):
+    with pytest.raises(ValueError, match=f"{'×'.join(map(str, shape[1:]))}|pixels"): sparsify(nn.Conv2d(2, 3, 3), .5)(torch.rand(shape))
+
+
+def test_input_of_another_dtype():
+    with pytest.raises(ValueError, match="float64; expected torch.float32"): sparsify(nn.Linear(4, 3), .5)(torch.rand(2, 4).double())
+
+
+def test_density_is_said_once():
+    model = sparsify(nn.Linear(4, 3), .5)
+    with pytest.raises(ValueError, match="stored sparse already"): StaticSparse(model, None, .5)
+    with pytest.raises(ValueError, match="density is None"): StaticSparse(nn.Linear(4, 3), None)
+
+
+def test_a_module_in_two_places_is_one_layer():
+    layer = nn.Conv2d(3, 3, 3, padding=1)
+    model = sparsify(nn.Sequential(layer, nn.ReLU(), layer), .5)
+    assert model[0] is model[2] and isinstance(model[0], SparseConv2d)
+    model(torch.rand(4, 3, 5, 5)).sum().backward()
+
+
+# ------------------------------------------------------------------------------------ drop and grow, two storages
+
+def two_storages(kind, double=True, **kwargs):
+    "The same network, masked and stored sparse, with their optimizers and methods."
+    torch.manual_seed(0)
+    dense = cnn(width=8)
+    if double: dense = dense.double()
+    ours = sparsify(copy.deepcopy(dense), .1, seed=3)
+    optimizers = [torch.optim.SGD(model.parameters(), .02, momentum=.9) for model in (dense, ours)]
+    return ((dense, optimizers[0], kind(dense, optimizers[0], .1, seed=3, **kwargs)),
+            (ours, optimizers[1], kind(ours, optimizers[1], seed=3, **kwargs)))
+
+
+@pytest.mark.parametrize("kind", [SET, RigL])
+def test_a_run_takes_the_same_course_on_both_storages(kind):
+    data = torch.Generator().manual_seed(1)
+    x, y = torch.rand(400, 3, 28, 28, generator=data).double(), torch.randint(0, 10, (400,), generator=data)
+    x[torch.arange(400), :, y] += 1  # something to learn
+    weights = torch.where(y < 2, 8., 1.)
+    runs, draws, moved = two_storages(kind, delta_t=10, t_end=225), torch.Generator().manual_seed(2), 0
+    first = runs[0][2].masks
+    for step in range(1, 301):
+        index, losses = torch.multinomial(weights, 32, True, generator=draws), []
+        for model, optimizer, method in runs:
+            loss = F.cross_entropy(model(x[index]), y[index])
+            optimizer.zero_grad()
+            loss.backward()
+            method.before_step(), optimizer.step(), method.after_step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        if step % 10 == 0:
+            masks = [method.masks for _, _, method in runs]
+            assert masks[0].keys() == masks[1].keys()
+            for name, mask in masks[0].items(): assert torch.equal(mask, masks[1][name]), (step, name)
+    assert runs[0][2].updates == runs[1][2].updates == 22
+    assert any(not torch.equal(mask, first[name]) for name, mask in masks[0].items()) and losses[0] < 1
+    weight, layer = runs[0][0][3].weight, runs[1][0][3]
+    assert is_close(layer.dense(), weight, 1e-4)
+    momentum = [optimizer.state[p]["momentum_buffer"] for (_, optimizer, _), p in zip(runs, (weight, layer.values))]
+    assert is_close(layer.dense(momentum[1]), momentum[0], 1e-4)
+
+
+@pytest.mark.parametrize("padding", [(1, 2), "same", "valid"])
+def test_the_dense_gradient_that_rigl_sees(padding):
+    torch.manual_seed(0)
+    dense, mask = masked(nn.Conv2d(4, 6, (4, 3), padding=padding, groups=2), .2)
+    layer, x = SparseConv2d(copy.deepcopy(dense), mask), torch.randn(20, 4, 8, 9)
+    layer.wanted = True
+    for _ in range(2):  # gradients add up over backward passes, as .grad does
+        (layer(x).square().sum()).backward()
+        (dense(x).square().sum()).backward()
+    assert is_close(layer.gradient(), dense.weight.grad)
+    with pytest.raises(ValueError, match="after backward"): layer.gradient()
+
+
+def test_the_first_layer_too_has_a_dense_gradient():
+    torch.manual_seed(0)
+    dense = chain()
+    ours, x, g = sparsify(copy.deepcopy(dense), .3), torch.randn(20, 5, 8, 8), torch.randn(20, 6, 4, 4)
+    with torch.no_grad(): dense[0].weight.mul_(ours[0].mask)
+    ours[0].wanted = True
+    ours(x).backward(g), dense(x).backward(g)
+    assert is_close(ours[0].gradient(), dense[0].weight.grad, 1e-4)
+    assert is_close(ours[0].values.grad, dense[0].weight.grad[ours[0].mask], 1e-4)
+
+
+def test_a_zero_value_keeps_its_place():
+    model = sparsify(nn.Linear(8, 8), .5)
+    with torch.no_grad(): model.values.zero_()
+    positions = model.positions.clone()
+    model(torch.rand(4, 8)).sum().backward()
+    assert model.values.grad.ne(0).all() and torch.equal(model.positions, positions)
+    assert model.mask.sum() == 32 and sparsify(densify(nn.Sequential(model)), 1.)[0].positions.numel() == 64
+
+
+def test_between_updates_nothing_dense_is_made():
+    model = sparsify(cnn(width=4), .3)
+    rigl = RigL(model, torch.optim.SGD(model.parameters(), .1), delta_t=3, t_end=10)
+    wanted = []
+    for _ in range(7):
+        wanted.append(model[0].wanted)
+        model(torch.rand(9, 3, 28, 28)).sum().backward()
+        assert bool(model[0].caught) == model[0].wanted
+        rigl.before_step(), rigl.optimizer.step(), rigl.after_step()
+        assert not model[0].caught
+    assert wanted == [False, False, True, False, False, True, False]
+
+
+# ------------------------------------------------------------------------------------ threads, memory, caches
+
+def test_a_forked_process_has_threads_of_its_own():
+    "Its parent's do not live there; tasks left to them would never let go of their arrays."
+    x, y, ones = np.ones((4, 300_000), np.float32), np.zeros((4, 300_000), np.float32), np.ones(4, np.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        double = lambda: kernels.run(kernels.scale_channels, x, y, 0 * ones, 2 * ones, ones, np.float32(0))
+        double()
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                y[:] = 0
+                assert not kernels.workers
+                double()
+                assert (y == 3).all() and kernels.workers[0].is_alive()
+                status = 0
+            finally: os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+    finally: torch.set_num_threads(before)
+
+
+def test_memory_is_lent_again_only_when_nobody_looks():
+    first = kernels.empty((512, 512), np.float32)
+    tensor, address = torch.from_numpy(first)[3:], first.ctypes.data
+    del first
+    second = kernels.empty((512, 512), np.float32)
+    assert second.ctypes.data != address
+    del tensor
+    assert kernels.empty((512, 512), np.float32).ctypes.data == address
+
+
+def test_kernels_work_where_nothing_can_be_cached(tmp_path):
+    code = ("import numpy as np, numba.core.caching as c\n"
+            "c.CacheImpl._locator_classes = []\n"  # as where no folder can be written
+            "from rest_nb import kernels\n"
+            "kernels.wait(np.zeros(2, np.int64), 0)\n"
+            "print(type(kernels.wait._cache).__name__)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == ["NullCache"], done.stderr
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@cuda
+def test_cuda_computes_the_same():
+    torch.manual_seed(0)
+    here = sparsify(cnn(width=8), .2)
+    there, x = copy.deepcopy(here).cuda(), torch.rand(30, 3, 28, 28)
+    out, out2 = here(x), there(x.cuda())
+    assert is_close(out2.cpu(), out, 1e-3)
+    out.square().sum().backward(), out2.square().sum().backward()
+    for a, b in zip(here.parameters(), there.parameters()): assert is_close(b.grad.cpu(), a.grad, 1e-2)
