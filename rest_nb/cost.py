@@ -38,7 +38,8 @@ def layer_costs(model, input_shape):
             handles.append(layer.register_forward_hook(lambda *seen, name=name: count(*seen, name)))
     try:
         with torch.no_grad(), evaluating(model):
-            model(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
+            any_weight = next(model.parameters())
+            model(torch.zeros(1, *input_shape, device=any_weight.device, dtype=any_weight.dtype))
     finally:
         for handle in handles: handle.remove()
     return pd.DataFrame(rows)

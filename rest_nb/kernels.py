@@ -3,12 +3,13 @@
 # %% auto #0
 __all__ = ['tasks', 'workers', 'ready', 'spare', 'INT', 'INT32', 'LANES', 'BLOCKS', 'WIDE', 'MIDDLE', 'NARROW', 'sum_wide',
            'sum_middle', 'sum_narrow', 'sum_one', 'dot_wide', 'dot_middle', 'dot_narrow', 'dot_one', 'CHUNK', 'loose',
-           'kernel', 'pointer', 'take', 'wait', 'serve', 'forget_workers', 'run', 'Loan', 'empty', 'Vector',
+           'kernel', 'pointer', 'take', 'wait', 'serve', 'tell', 'forget_workers', 'run', 'Loan', 'empty', 'Vector',
            'over_weights', 'summing', 'dotting', 'find_taps', 'block_at', 'sum_at', 'dot_at', 'gather', 'correlate',
            'moments', 'scale_shift', 'norm_gradient', 'normalise', 'denormalise', 'scale_channels', 'all_taps',
            'first_forward', 'first_backward']
 
 # %% ../nbs/04_kernels.ipynb #f9ffff69
+import functools
 import math
 import os
 import queue
@@ -63,6 +64,10 @@ def serve():
         del function, args  # else the arrays would live until the next task
 
 
+@functools.cache
+def tell(): print("rest_nb compiles its kernels for this processor, once: some seconds", file=sys.stderr)
+
+
 def forget_workers():
     "A forked process has no threads but its own."
     global tasks
@@ -81,11 +86,10 @@ def run(function, *args, work=math.inf):
     args = np.zeros(2, np.int64), *args
     if function not in ready:  # first use: loading from the cache is quick, compiling is not
         ready.add(function)
-        told = threading.Timer(1, print, ["rest_nb compiles its kernels for this processor, once: some seconds"],
-                               dict(file=sys.stderr))
-        told.start()
+        slow = threading.Timer(2, tell)
+        slow.start()
         try: units = function(*args)
-        finally: told.cancel()
+        finally: slow.cancel()
     else:
         others = torch.get_num_threads() - 1 if work > 200_000 else 0
         while len(workers) < others:
@@ -106,7 +110,9 @@ class Loan:
         self.memory = free.pop() if free else np.empty(size, np.uint8)
         self.__array_interface__ = self.memory.__array_interface__
 
-    def __del__(self): spare[self.memory.size].append(self.memory)
+    def __del__(self):
+        if len(spare) > 32: spare.clear()  # sizes that nobody will ask for again
+        spare.setdefault(self.memory.size, []).append(self.memory)
 
 
 def empty(shape, dtype):
@@ -118,7 +124,8 @@ def empty(shape, dtype):
 # %% ../nbs/04_kernels.ipynb #f985cdf2
 INT, INT32 = ir.IntType(64), ir.IntType(32)
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
-BLOCKS = (16, 4, 1) if LANES == 16 else (8, 2, 1)  # vectors in a block of samples: as many as registers hold, and fewer for the rest
+# vectors in a block of samples: as many as the registers hold, and fewer for what is left of a batch
+BLOCKS = (16, 4, 1) if LANES == 16 else (8, 2, 1)
 
 
 class Vector:
@@ -127,7 +134,8 @@ class Vector:
         self.builder, self.lanes, self.bytes = builder, lanes, {"float": 4, "double": 8}[str(element)]
         self.type = ir.VectorType(element, lanes) if lanes > 1 else element
         name = f"llvm.fma.{f'v{lanes}' if lanes > 1 else ''}f{8 * self.bytes}"
-        self.multiply_add = cgutils.get_or_insert_function(builder.module, ir.FunctionType(self.type, [self.type] * 3), name)
+        self.multiply_add = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(self.type, [self.type] * 3), name)
 
     def at(self, base, index, k):
         place = self.builder.gep(base, [self.builder.add(index, INT(k * self.lanes))])
@@ -163,7 +171,8 @@ def over_weights(builder, start, stop, place, taps, plane, carried, step):
     Returns what is carried at the end.
     """
     before = builder.block
-    head, look, inside, after, end = (builder.append_basic_block(name) for name in ("head", "look", "inside", "after", "end"))
+    head, look, inside, after, end = (builder.append_basic_block(name)
+                                      for name in ("head", "look", "inside", "after", "end"))
     builder.branch(head)
     builder.position_at_end(head)
     j = builder.phi(INT)
@@ -195,7 +204,8 @@ def summing(lanes, count):
     @intrinsic
     def block(typing, out, o, source, b, start, stop, place, taps, plane, values, first):
         def emit(context, builder, signature, args):
-            out, source, place, taps, values = (pointer(context, builder, signature.args[i], args[i]) for i in (0, 2, 6, 7, 9))
+            out, source, place, taps, values = (pointer(context, builder, signature.args[i], args[i])
+                                                for i in (0, 2, 6, 7, 9))
             place = builder.bitcast(place, ir.ArrayType(INT32, 2).as_pointer())
             vector = Vector(builder, context.get_value_type(signature.args[10]), lanes)
 
@@ -216,7 +226,8 @@ def dotting(lanes, count):
     @intrinsic
     def block(typing, gradient, o, source, b, start, stop, place, taps, plane, sums):
         def emit(context, builder, signature, args):
-            gradient, source, place, taps, sums = (pointer(context, builder, signature.args[i], args[i]) for i in (0, 2, 6, 7, 9))
+            gradient, source, place, taps, sums = (pointer(context, builder, signature.args[i], args[i])
+                                                   for i in (0, 2, 6, 7, 9))
             place = builder.bitcast(place, ir.ArrayType(INT32, 2).as_pointer())
             vector = Vector(builder, context.get_value_type(signature.args[0].dtype), lanes)
             g = [vector.load(gradient, args[1], k) for k in range(count)]
@@ -290,12 +301,15 @@ def dot_at(gradient, o, step, source, starts, first_row, last_row, place, taps, 
 # %% ../nbs/04_kernels.ipynb #020cae51
 @kernel()
 def gather(counters, blocks, out, source, starts, place, values, first, rows, columns):
-    """out[r, h, w] = first[r] + Σ values[j] · source[channel, at tap], over the weights starts[r] ≤ j < starts[r + 1].
+    """out[r, h, w] = first[r] + Σ values[j] · source[channel, at tap],
+    over the weights starts[r] ≤ j < starts[r + 1].
 
-    `out`: R×H×W×N, `source`: C×H'×W'×N; `place`: (channel, tap) of each weight; `blocks`: into how many units a row of output is cut.
+    `out`: R×H×W×N, `source`: C×H'×W'×N; `place`: (channel, tap) of each weight;
+    `blocks`: into how many units a row of output is cut.
     """
     R, H, W, N = out.shape
-    flat, seen, plane = out.reshape(out.size), source.reshape(source.size), source.shape[1] * source.shape[2] * N
+    flat, seen = out.reshape(out.size), source.reshape(source.size)
+    plane = source.shape[1] * source.shape[2] * N
     taps = np.empty(rows.shape[1] * columns.shape[1], np.int64)
     while True:
         unit = take(counters, 0, 1)
@@ -304,18 +318,21 @@ def gather(counters, blocks, out, source, starts, place, values, first, rows, co
         top, bottom = R * block // blocks, R * (block + 1) // blocks
         for w in range(W):
             find_taps(taps, rows, columns, h, w, source.shape[2], N)
-            sum_at(flat, ((top * H + h) * W + w) * N, H * W * N, seen, starts, top, bottom, place, taps, plane, values, first, N)
+            sum_at(flat, ((top * H + h) * W + w) * N, H * W * N, seen, starts, top, bottom, place, taps, plane,
+                   values, first, N)
         take(counters, 1, 1)
 
 
 @kernel()
 def correlate(counters, blocks, sums, gradient, source, starts, place, rows, columns):
-    """sums[h, j] = Σ over w and samples of gradient[r, h, w] · source of weight j: add up over h for the gradient to the values.
+    """sums[h, j] = Σ over w and samples of gradient[r, h, w] · source of weight j;
+    added up over h, the gradient to the values.
 
     `sums`: H×weights, float64. Else as in `gather`.
     """
     R, H, W, N = gradient.shape
-    flat, seen, plane = gradient.reshape(gradient.size), source.reshape(source.size), source.shape[1] * source.shape[2] * N
+    flat, seen = gradient.reshape(gradient.size), source.reshape(source.size)
+    plane = source.shape[1] * source.shape[2] * N
     taps = np.empty(rows.shape[1] * columns.shape[1], np.int64)
     while True:
         unit = take(counters, 0, 1)
@@ -325,7 +342,8 @@ def correlate(counters, blocks, sums, gradient, source, starts, place, rows, col
         sums[h, starts[top]:starts[bottom]] = 0
         for w in range(W):
             find_taps(taps, rows, columns, h, w, source.shape[2], N)
-            dot_at(flat, ((top * H + h) * W + w) * N, H * W * N, seen, starts, top, bottom, place, taps, plane, sums[h], N)
+            dot_at(flat, ((top * H + h) * W + w) * N, H * W * N, seen, starts, top, bottom, place, taps, plane,
+                   sums[h], N)
         take(counters, 1, 1)
 
 # %% ../nbs/04_kernels.ipynb #6865bcaf
@@ -360,7 +378,10 @@ def scale_shift(x, y, mean, scale, shift, floor):
 
 @loose
 def norm_gradient(g, x, dx, mean, invstd, weight, bias, floor):
-    "The gradient of batch-norm (and ReLU, `floor` 0) of one channel, into `dx`. Returns the gradients to weight and bias."
+    """The gradient of batch-norm (and ReLU, `floor` 0) of one channel, into `dx`.
+
+    Returns the gradients to weight and bias.
+    """
     zero, scale = x.dtype.type(0), weight * invstd
     to_weight, to_bias = 0.0, 0.0
     for a in range(0, len(x), CHUNK):
@@ -383,7 +404,10 @@ def norm_gradient(g, x, dx, mean, invstd, weight, bias, floor):
 # %% ../nbs/04_kernels.ipynb #25e782f3
 @kernel()
 def normalise(counters, x, y, weight, bias, means, variances, eps, floor):
-    """Batch-norm and the maximum with `floor` (0: ReLU; -inf: nothing), for channels x[c]: C×n. Fills means and variances (biased)."""
+    """Batch-norm and the maximum with `floor` (0: ReLU; -inf: nothing), for channels x[c]: C×n.
+
+    Fills means and (biased) variances.
+    """
     while True:
         c = take(counters, 0, 1)
         if c >= len(x): return len(x)
@@ -425,9 +449,11 @@ def all_taps(rows, columns, width, batch):
 
 
 @kernel()
-def first_forward(counters, y, source, starts, place, values, first, rows, columns, weight, bias, means, variances, eps, floor):
+def first_forward(counters, y, source, starts, place, values, first, rows, columns,
+                  weight, bias, means, variances, eps, floor):
     "`gather` and `normalise` in one: y, R×n. The convolution's own output is not kept."
-    N, seen, plane = source.shape[3], source.reshape(source.size), source.shape[1] * source.shape[2] * source.shape[3]
+    N, seen = source.shape[3], source.reshape(source.size)
+    plane = source.shape[1] * source.shape[2] * N
     taps, x = all_taps(rows, columns, source.shape[2], N), np.empty(y.shape[1], y.dtype)
     while True:
         r = take(counters, 0, 1)
@@ -439,11 +465,12 @@ def first_forward(counters, y, source, starts, place, values, first, rows, colum
 
 
 @kernel()
-def first_backward(counters, g, source, starts, place, values, first, rows, columns, weight, bias, means, variances, eps, floor,
-                   sums, to_weight, to_bias):
+def first_backward(counters, g, source, starts, place, values, first, rows, columns,
+                   weight, bias, means, variances, eps, floor, sums, to_weight, to_bias):
     "The gradient of `first_forward`: to the values (`sums`, float64) and to the norm's weight and bias."
-    N, seen, plane = source.shape[3], source.reshape(source.size), source.shape[1] * source.shape[2] * source.shape[3]
-    taps, x, dx = all_taps(rows, columns, source.shape[2], N), np.empty(g.shape[1], g.dtype), np.empty(g.shape[1], g.dtype)
+    N, seen = source.shape[3], source.reshape(source.size)
+    plane, taps = source.shape[1] * source.shape[2] * N, all_taps(rows, columns, source.shape[2], N)
+    x, dx = np.empty(g.shape[1], g.dtype), np.empty(g.shape[1], g.dtype)
     while True:
         r = take(counters, 0, 1)
         if r >= len(g): return len(g)

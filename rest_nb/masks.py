@@ -90,7 +90,8 @@ class Masked:
 
     def gradient(self):
         "The gradient to the dense weight."
-        if self.values.grad is None: raise ValueError("a weight has no gradient: call before_step() after backward()")
+        if self.values.grad is None:
+            raise ValueError("a weight has no gradient: call before_step() after backward()")
         return self.values.grad
 
     def hide(self, tensor):
@@ -98,7 +99,9 @@ class Masked:
         tensor.masked_fill_(~self.mask, 0)
 
     def exchange(self, new, kept, tensors):
-        "Take the `new` mask; in each of `tensors` (weight, gradient, optimizer state) zero stands where `kept` is False."
+        """Take the `new` mask; in each of `tensors` (weight, gradient, optimizer state)
+        zero stands where `kept` is False.
+        """
         self.mask = new
         for t in tensors: t.masked_fill_(~kept, 0)
 
@@ -124,7 +127,7 @@ class StaticSparse:
             self.layers = {name: Masked(w, masks[name]) for name, w in weights.items()}
         elif density is not None:
             raise ValueError(f"density is {density}; the model is stored sparse already: leave it out")
-        else:  # pass over the numbers that drawing its masks took: SET then grows the same weights on either storage
+        else:  # pass over the numbers that drawing its masks took: SET then grows alike on either storage
             for layer in self.layers.values(): random_mask(layer.shape, 0, self.generator)
         self.after_step()
 

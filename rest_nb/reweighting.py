@@ -33,7 +33,12 @@ def shuffled_batches(n, batch_size, steps, generator):
 
 # %% ../nbs/06_reweighting.ipynb #3ce59371
 def weighted_batches(weights, batch_size, steps, generator):
-    "Yield `steps` batches of indices, drawn with replacement in proportion to `weights` (float, N)."
+    """Yield `steps` batches of indices, drawn with replacement in proportion to `weights` (float, N).
+
+    Raises `ValueError` where a weight is negative or none is above 0.
+    """
+    if not (weights.min() >= 0 and 0 < weights.sum() < float("inf")):
+        raise ValueError(f"weights go from {weights.min():g} to {weights.max():g}; expected 0 or more, and some above 0")
     cumulative = weights.cumsum(0)
     for _ in range(steps):
         draws = torch.rand(batch_size, generator=generator, dtype=torch.float64) * cumulative[-1]

@@ -46,7 +46,8 @@ def batch_first(array):
 
 # %% ../nbs/04_sparse.ipynb #cdf66349
 def sides(layer, size):
-    """For both axes of an input of `size` (H, W): (source size, output size, kernel, stride, padding before, dilation).
+    """For both axes of an input of `size` (H, W):
+    (source size, output size, kernel, stride, padding before, dilation).
 
     Raises `ValueError` where no output is left.
     """
@@ -54,9 +55,11 @@ def sides(layer, size):
     for i, n in enumerate(size):
         k, stride, dilation = (*layer.shape[2:], 1, 1)[i], layer.stride[i], layer.dilation[i]
         reach = dilation * (k - 1)
-        both = {"same": reach, "valid": 0}.get(layer.padding, None) if isinstance(layer.padding, str) else 2 * layer.padding[i]
+        named = {"same": reach, "valid": 0}
+        both = named[layer.padding] if isinstance(layer.padding, str) else 2 * layer.padding[i]
         out = (n + both - reach - 1) // stride + 1
-        if out < 1: raise ValueError(f"input of {'×'.join(map(str, size))} pixels is smaller than the kernel: {layer}")
+        if out < 1:
+            raise ValueError(f"input of {'×'.join(map(str, size))} pixels is smaller than the kernel: {layer}")
         axes.append((n, out, k, stride, both // 2, dilation))
     return tuple(axes)
 
@@ -82,8 +85,7 @@ def order(layer):
 @functools.lru_cache(maxsize=None)
 def tables(axes):
     "(rows, columns) of the taps, forward and backward."
-    forward, backward = (tuple(np.ascontiguousarray(taps(*axis)) for axis in axes) for taps in (forward_taps, backward_taps))
-    return forward, backward
+    return [[np.ascontiguousarray(taps(*axis)) for axis in axes] for taps in (forward_taps, backward_taps)]
 
 
 def units(height):
@@ -106,22 +108,23 @@ class Convolve(torch.autograd.Function):
         first = np.zeros(len(starts) - 1, source.dtype) if bias is None else bias.detach().numpy()
         shape = len(first), len(rows), len(columns), source.shape[3]
         out, means, variances = kernels.empty(shape, source.dtype), np.empty_like(first), np.empty_like(first)
+        convolution = source, starts, place, values, first, rows, columns
         ctx.layer, ctx.axes, ctx.is_first, ctx.work = layer, axes, False, len(place) * out[0].size + out.size
         if weight is None:
-            on_tensors(kernels.gather, units(shape[1]), out, source, starts, place, values, first, rows, columns, work=ctx.work)
+            on_tensors(kernels.gather, units(shape[1]), out, *convolution, work=ctx.work)
             ctx.save_for_backward(torch.from_numpy(source), values)
             return batch_first(out)
         norm, flat, n = layer.norm[0], (shape[0], -1), out[0].size
-        if n < 2: raise ValueError(f"batch-norm needs more than 1 value per channel to train; the output is {'×'.join(map(str, out.shape))}")
+        if n < 2: raise ValueError(f"batch-norm needs more than 1 value per channel to train, not {n}: {layer}")
         after = weight, shift, means, variances, norm.eps, first.dtype.type(layer.floor)
         # dense first layers are not worth computing twice
         ctx.is_first = not ctx.needs_input_grad[0] and not layer.wanted and len(place) <= 32 * len(first)
         if ctx.is_first:
-            on_tensors(kernels.first_forward, out.reshape(flat), source, starts, place, values, first, rows, columns, *after)
+            on_tensors(kernels.first_forward, out.reshape(flat), *convolution, *after)
             kept = torch.from_numpy(first)
         else:
             raw = kernels.empty(shape, source.dtype)
-            on_tensors(kernels.gather, units(shape[1]), raw, source, starts, place, values, first, rows, columns, work=ctx.work)
+            on_tensors(kernels.gather, units(shape[1]), raw, *convolution, work=ctx.work)
             on_tensors(kernels.normalise, raw.reshape(flat), out.reshape(flat), *after, work=out.size)
             kept = torch.from_numpy(raw)
         means, variances = torch.from_numpy(means), torch.from_numpy(variances)
@@ -144,24 +147,28 @@ class Convolve(torch.autograd.Function):
             after = weight, shift, means, variances, layer.norm[0].eps, g.dtype.type(layer.floor)
             if ctx.is_first:
                 sums = np.empty((1, len(values)))
-                on_tensors(kernels.first_backward, g.reshape(flat), source, starts, place, values, kept, rows, columns, *after,
-                           sums[0], to_weight, to_shift)
+                on_tensors(kernels.first_backward, g.reshape(flat), source, starts, place, values, kept, rows, columns,
+                           *after, sums[0], to_weight, to_shift)
             else:
                 raw, g_out = kept.numpy().reshape(flat), g
                 g = kernels.empty(g_out.shape, g_out.dtype)
-                on_tensors(kernels.denormalise, g_out.reshape(flat), raw, g.reshape(flat), *after, to_weight, to_shift, work=g.size)
+                on_tensors(kernels.denormalise, g_out.reshape(flat), raw, g.reshape(flat), *after, to_weight, to_shift,
+                           work=g.size)
             results[3:5] = to_weight, to_shift
-        if layer.wanted: layer.caught.append(functools.partial(dense_gradient, layer, axes, source, torch.from_numpy(g)))
+        if layer.wanted:
+            layer.caught.append(functools.partial(dense_gradient, layer, axes, source, torch.from_numpy(g)))
         if not ctx.is_first and ctx.needs_input_grad[1]:
             sums = np.empty((len(rows), len(values)))
-            on_tensors(kernels.correlate, units(len(rows)), sums, g, source, starts, place, rows, columns, work=ctx.work)
+            on_tensors(kernels.correlate, units(len(rows)), sums, g, source, starts, place, rows, columns,
+                       work=ctx.work)
         if ctx.needs_input_grad[1]: results[1] = torch.from_numpy(sums.sum(0).astype(g.dtype))
         if ctx.needs_input_grad[2]:  # what is added to a whole channel, batch-norm takes away
-            results[2] = torch.zeros(len(g), dtype=values.dtype) if normed else torch.from_numpy(g.sum((1, 2, 3), dtype=np.float64).astype(g.dtype))
+            total = np.zeros(len(g)) if normed else g.sum((1, 2, 3), dtype=np.float64)
+            results[2] = torch.from_numpy(total.astype(g.dtype))
         if ctx.needs_input_grad[0]:
             to_x = kernels.empty(source.shape, g.dtype)
-            on_tensors(kernels.gather, units(len(back_rows)), to_x, g, back_starts, back_place, values.detach().numpy()[back],
-                       np.zeros(len(to_x), g.dtype), back_rows, back_columns, work=ctx.work)
+            on_tensors(kernels.gather, units(len(back_rows)), to_x, g, back_starts, back_place,
+                       values.detach().numpy()[back], np.zeros(len(to_x), g.dtype), back_rows, back_columns, work=ctx.work)
             results[0] = batch_first(to_x)
         return tuple(results)
 
@@ -181,7 +188,8 @@ def dense_gradient(layer, axes, source, g):
 class SparseConv2d(nn.Module):
     """A convolution that stores the weights at the True positions of `mask` only: N×C×H×W to N×O×H'×W'.
 
-    `values`: the weights that are there, a parameter. `positions`: their ascending indices in the flattened dense weight (int32).
+    `values`: the weights that are there, a parameter.
+    `positions`: their ascending indices in the flattened dense weight (int32).
     `forward` raises `ValueError` for an input of another shape or dtype than the layer's.
     """
     def __init__(self, layer, mask):
@@ -191,7 +199,8 @@ class SparseConv2d(nn.Module):
         self.shape, self.bias = layer.weight.shape, layer.bias
         self.register_buffer("positions", mask.flatten().nonzero().flatten().int())
         self.values = nn.Parameter(layer.weight.detach().flatten()[self.positions.long()], layer.weight.requires_grad)
-        self.norm, self.floor = [], -float("inf")  # a batch-norm done in the same go (in a list: it stays its parent's), and 0 for ReLU
+        # A batch-norm done in the same go (in a list: it stays its parent's child), and 0 for a ReLU after it.
+        self.norm, self.floor = [], -float("inf")
         self.made, self.wanted, self.caught = None, False, []
         self.train(layer.training)
 
@@ -206,18 +215,20 @@ class SparseConv2d(nn.Module):
         return weight.index_put((self.positions.long(),), values).view(self.shape)
 
     def forward(self, x):
-        if x.dim() != 4 or x.shape[1] != self.shape[1] * self.groups:
-            raise ValueError(f"input is {'×'.join(map(str, x.shape))}; expected N×{self.shape[1] * self.groups}×H×W for {self}")
+        channels = self.shape[1] * self.groups
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"input is {'×'.join(map(str, x.shape))}; expected N×{channels}×H×W for {self}")
         if x.dtype != self.values.dtype:
             if not torch.is_autocast_enabled(x.device.type):
                 raise ValueError(f"input is {x.dtype}; expected {self.values.dtype} for {self}")
             x = x.to(self.values.dtype)
         norm = self.norm[0] if self.norm else None
-        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64): x = self.scatter(x)
+        by_kernels = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+        if not by_kernels: x = self.scatter(x)
         elif norm and norm.training: return Convolve.apply(x, self.values, self.bias, norm.weight, norm.bias, self)
         else: x = Convolve.apply(x, self.values, self.bias, None, None, self)
         if norm is None: return x
-        if x.device.type == "cpu" and not x.requires_grad and x.dtype in (torch.float32, torch.float64): return normed(x, norm, self.floor)
+        if by_kernels and not x.requires_grad: return normed(x, norm, self.floor)
         x = nn.BatchNorm2d.forward(norm, x)
         return x if self.floor else x.relu()
 
@@ -225,7 +236,8 @@ class SparseConv2d(nn.Module):
         "The convolution with a dense weight, made for the moment."
         weight = self.dense()
         if self.wanted and weight.requires_grad: weight.register_hook(lambda g: self.caught.append(lambda: g))
-        return F.conv2d(x, weight.view((*self.shape, 1, 1)[:4]), self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, weight.view((*self.shape, 1, 1)[:4]), self.bias, self.stride, self.padding, self.dilation,
+                        self.groups)
 
     @property
     def mask(self):
@@ -241,7 +253,9 @@ class SparseConv2d(nn.Module):
 
     @torch.no_grad()
     def exchange(self, new, kept, tensors):
-        "Store the True positions of `new`; in each of `tensors` (values, gradient, optimizer state) zero stands where `kept` is False."
+        """Store the True positions of `new`; in each of `tensors` (values, gradient, optimizer state)
+        zero stands where `kept` is False.
+        """
         positions = new.flatten().nonzero().flatten()
         for t in tensors: t.copy_(self.dense(t.detach()).masked_fill_(~kept, 0).flatten()[positions])
         self.positions.copy_(positions)
@@ -262,7 +276,8 @@ def normed(x, norm, floor):
     x = batch_last(x)
     out, flat = kernels.empty(x.shape, x.dtype), (len(x), -1)
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    on_tensors(kernels.scale_channels, x.reshape(flat), out.reshape(flat), norm.running_mean, scale, norm.bias, x.dtype.type(floor))
+    on_tensors(kernels.scale_channels, x.reshape(flat), out.reshape(flat), norm.running_mean, scale, norm.bias,
+               x.dtype.type(floor))
     return batch_first(out)
 
 # %% ../nbs/04_sparse.ipynb #d913e8be
@@ -299,8 +314,8 @@ class SwappedMaxPool(Swapped, nn.MaxPool2d): pass
 class SwappedAvgPool(Swapped, nn.AvgPool2d): pass
 class SwappedAdaptiveAvgPool(Swapped, nn.AdaptiveAvgPool2d):
     def forward(self, x):
-        is_global = self.output_size in (1, (1, 1)) and x.dim() == 4 and x.stride(0) == 1 and x.is_cpu and x.dtype == torch.float32
-        return GlobalAverage.apply(x) if is_global else super().forward(x)
+        is_ours = x.dim() == 4 and x.stride(0) == 1 and x.is_cpu and x.dtype == torch.float32
+        return GlobalAverage.apply(x) if is_ours and self.output_size in (1, (1, 1)) else super().forward(x)
 
 
 
@@ -317,10 +332,12 @@ def refuse(model):
     for name, layer in model.named_modules():
         if not isinstance(layer, LAYERS): continue
         kind, other = type(layer).__name__, seen.setdefault(layer.weight, name)
-        if type(layer) not in (nn.Conv2d, nn.Linear): raise ValueError(f"{name} is a {kind}; only Conv2d and Linear can be stored sparse")
+        if type(layer) not in (nn.Conv2d, nn.Linear):
+            raise ValueError(f"{name} is a {kind}; only Conv2d and Linear can be stored sparse")
         if getattr(layer, "padding_mode", "zeros") != "zeros":
             raise ValueError(f"{name} pads with {layer.padding_mode!r}; only padding with zeros can be stored sparse")
-        if other != name: raise ValueError(f"{name} shares its weight with {other}; each must have its own to be stored sparse")
+        if other != name:
+            raise ValueError(f"{name} shares its weight with {other}; each must have its own to be stored sparse")
 
 
 def followers(model):
@@ -332,15 +349,18 @@ def followers(model):
             pairs = RESIDUAL.get(f"{type(parent).__module__}.{type(parent).__qualname__}", [])
             chains = [(parent.get_submodule(conv), parent.get_submodule(norm), None) for conv, norm in pairs]
         for conv, norm, relu in chains:
-            if not (type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
-                    and norm.momentum is not None and places.count(conv) == places.count(norm) == 1): continue
+            if not (type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.affine
+                    and norm.track_running_stats and norm.momentum is not None
+                    and places.count(conv) == places.count(norm) == 1): continue
             yield conv, norm, relu if type(relu) is nn.ReLU and places.count(relu) == 1 else None
 
 # %% ../nbs/04_sparse.ipynb #69f2348e
 def sparsify(model, density, *, distribution=erk, seed=0):
-    """Store the convolutions and linear layers of `model` sparse, in place, at random positions drawn as `StaticSparse` draws its masks.
+    """Store the convolutions and linear layers of `model` sparse, in place,
+    at random positions drawn as `StaticSparse` draws its masks.
 
-    Returns the model; make the optimizer afterwards. Raises `ValueError`, naming the layer, for what cannot be stored sparse, and as `keep_counts` does.
+    Returns the model; make the optimizer afterwards.
+    Raises `ValueError`, naming the layer, for what cannot be stored sparse, and as `keep_counts` does.
     """
     refuse(model)
     weights = maskable(model)
@@ -372,8 +392,8 @@ def ordinary(layer):
     outputs, inputs, *kernel = layer.shape
     options = dict(bias=layer.bias is not None, device=layer.values.device, dtype=layer.values.dtype)
     if kernel:
-        dense = nn.utils.skip_init(nn.Conv2d, inputs * layer.groups, outputs, kernel, layer.stride, layer.padding, layer.dilation,
-                                   layer.groups, **options)
+        dense = nn.utils.skip_init(nn.Conv2d, inputs * layer.groups, outputs, kernel, layer.stride, layer.padding,
+                                   layer.dilation, layer.groups, **options)
     else: dense = nn.utils.skip_init(nn.Linear, inputs, outputs, **options)
     dense.weight = nn.Parameter(layer.dense().detach(), layer.values.requires_grad)
     dense.bias = layer.bias

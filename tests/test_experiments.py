@@ -51,7 +51,7 @@ def split_of(config, n=200):
     return split
 
 
-BASE = Config(conflict_ratio=.1, upweight=10, sparsity="rigl", reweighting="sample", density=.3, width=4,
+BASE = Config(conflict_ratio=.1, upweight=10, sparsity="rigl", reweighting="sample", density=.3, storage="masked", width=4,
               lr=.05, batch_size=16, precision="fp32", steps=8, eval_every=4, seeds=(1,))  # masks: at 2, 4
 
 
@@ -64,7 +64,7 @@ def outcome(config):
 # --- knobs -----------------------------------------------------------------------------------------------
 
 ANOTHER = dict(conflict_ratio=.3, severity=1, data_seed=1, upweight=30, sparsity="set", reweighting="loss",
-               density=.2, distribution="uniform", delta_t=3, t_end=1.0, drop_fraction=.3, width=5, lr=.02,
+               density=.2, storage="compact", distribution="uniform", delta_t=3, t_end=1.0, drop_fraction=.3, width=5, lr=.02,
                momentum=.5, weight_decay=.1, batch_size=20, precision="bf16", steps=12, eval_every=2,
                seeds=(2,))
 
@@ -88,7 +88,7 @@ def test_every_field_is_live(field, base_outcome):
 
 
 @pytest.mark.parametrize("field, choices", [
-    ("sparsity", experiments.SPARSITY), ("distribution", experiments.DISTRIBUTIONS),
+    ("sparsity", experiments.SPARSITY), ("storage", experiments.STORAGE), ("distribution", experiments.DISTRIBUTIONS),
     ("reweighting", experiments.REWEIGHTING), ("precision", experiments.PRECISIONS)])
 def test_every_choice_is_another_run(field, choices):
     outcomes = {outcome(dataclasses.replace(BASE, **{field: choice})) for choice in choices}
@@ -105,7 +105,7 @@ nan, inf = float("nan"), float("inf")
 WRONG = [(field, value) for field, values in dict(
     conflict_ratio=[-.1, 1.5, nan, "0.1", None, True], density=[0, 1.5, -1, 1e-6, nan, "0.05", True],
     t_end=[-.1, 1.5, nan], drop_fraction=[-.1, 1.1, nan],
-    severity=[0, 6, 4.0, True], sparsity=["magic", "", None, 3], distribution=["magic", ["erk"]],
+    severity=[0, 6, 4.0, True], sparsity=["magic", "", None, 3], storage=["sparse", None], distribution=["magic", ["erk"]],
     reweighting=["magic", None], precision=["fp16", 16],
     upweight=[0, -1, nan, inf, "80"], lr=[0, -.1, nan, inf, "0.1", None, True, [.1]],
     momentum=[-.1, nan, inf, "0.9"], weight_decay=[-.1, nan, inf, "0"], delta_t=[0, -1, 1.5],
@@ -145,7 +145,7 @@ def test_whatever_yaml_can_hold_is_taken_or_refused_in_one_line(field, value):
 # --- params.yaml -----------------------------------------------------------------------------------------
 
 STUDY = dict(
-    common=dict(density=.3, distribution="erk", t_end=.75, drop_fraction=.5, width=4, lr=.05, momentum=.9,
+    common=dict(density=.3, storage="compact", distribution="erk", t_end=.75, drop_fraction=.5, width=4, lr=.05, momentum=.9,
                 weight_decay=0.0, precision="fp32"),
     settings=dict(blobs=dict(conflict_ratio=.2, severity=4, data_seed=0, upweight=10),
                   rare=dict(conflict_ratio=.1, severity=4, data_seed=0, upweight=20)),
@@ -305,7 +305,7 @@ def small(method, **changes):
 @pytest.mark.parametrize("method, kept", [("ERM", 2912), ("ReW", 2912), ("RigL", 874), ("REST", 874)])
 def test_sparse_rows_keep_exactly_the_density_and_dense_rows_all(method, kept):
     # 4·3·16 + 8·4·16 + 16·8·16 + 10·16 = 2912 weights; round(0.3 × 2912) = 874.
-    config = small(method)
+    config = small(method, storage="masked")
     setup = prepare(config, 3, split_of(config)("train"))
     weights = maskable(setup["model"])
 
@@ -316,6 +316,21 @@ def test_sparse_rows_keep_exactly_the_density_and_dense_rows_all(method, kept):
     assert count() == kept == sum(int((w != 0).sum()) for w in weights.values())
     fit(valid=split_of(config)("valid"), eval_every=8, **setup)
     assert count() == kept and [hook.updates for hook in setup["hooks"]] == ([2] if kept == 874 else [])
+
+
+@pytest.mark.parametrize("method", ["RigL", "REST"])
+def test_both_storages_start_and_end_alike(method):
+    ends = []
+    for storage in experiments.STORAGE:
+        config = small(method, storage=storage, precision="fp32", momentum=0.)
+        setup = prepare(config, 3, split_of(config)("train"))
+        hook, = setup["hooks"]
+        start = hook.masks
+        fitted = fit(valid=split_of(config)("valid"), eval_every=4, **setup)
+        ends.append((start, hook.updates, sum(int(mask.sum()) for mask in hook.masks.values()), [h["loss"] for h in fitted.history]))
+    (start, *_), (start2, *_) = ends
+    assert all(torch.equal(mask, start2[name]) for name, mask in start.items()) and start.keys() == start2.keys()
+    assert ends[0][1:3] == ends[1][1:3] == (2, 874) and ends[0][3] == pytest.approx(ends[1][3], rel=1e-3)
 
 
 def keep(batches, source):
@@ -339,7 +354,7 @@ def test_methods_differ_in_nothing_else():
     assert not torch.equal(batches["ERM"], batches["ReW"])
     assert not torch.equal(batches["ERM"], drawn(small("ERM"), seed=6))
     train = split_of(small("ERM"))("train")
-    setups = {method: prepare(small(method), 5, train) for method in STORED["methods"]}
+    setups = {method: prepare(small(method, storage="masked"), 5, train) for method in STORED["methods"]}
     start = {method: maskable(setup["model"]) for method, setup in setups.items()}
     for name, dense in start["ERM"].items():
         sparse = dense * setups["REST"]["hooks"][0].masks[name]

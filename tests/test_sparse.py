@@ -139,7 +139,7 @@ def test_convolution_norm_and_relu_in_one_go(batch, relu, bias, is_first):
 
 
 def test_norm_needs_more_than_one_value():
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
+    with pytest.raises(ValueError, match="more than 1 value per channel to train, not 1"):
         sparsify(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), .5)(torch.rand(1, 2, 3, 3))
 
 
