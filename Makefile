@@ -9,7 +9,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export OMP_WAIT_POLICY := passive
 NOTEBOOKS := $(wildcard nbs/0*.ipynb nbs/2*.ipynb)
 
-.PHONY: help install repro test lab study export data
+.PHONY: help install repro test lab study speed export data
 
 help: ## Show what each target does
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1	/' | expand -t 18
@@ -47,6 +47,10 @@ lab: install ## Open JupyterLab on nbs/
 study: install ## Bring the stored long study, its page and the README's table up to date (up to 40 minutes)
 	dvc repro cpu
 	$(RUN) page cpu
+
+speed: install ## Time dense, masked and compact networks on this machine (5 minutes, nothing else running)
+	$(RUN) speed
+	$(RUN) rerun nbs/21_speed.ipynb
 
 export: install ## Export the library rest_nb from the notebooks in nbs/
 	nbdev_export

@@ -3,9 +3,7 @@
 Two kinds of MNIST: the real one, built once (70,000 images), and a made-up one in MNIST's format and numbers,
 whose images are 21 pixels that spell the image's number in binary: after any shuffle we know which is which.
 """
-import contextlib
 import itertools
-import resource
 import time
 from fractions import Fraction
 from pathlib import Path

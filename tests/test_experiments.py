@@ -5,10 +5,8 @@ Oracles: a training loop written by hand, counts worked on paper, Python's own p
 import ast
 import copy
 import dataclasses
-import errno
 import json
 import math
-import os
 import platform
 import shutil
 import sys

@@ -1,9 +1,7 @@
 """Notebooks: what is stored is what was executed, clean, whole or not at all; commands fail in one line."""
 import copy
-import errno
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -225,7 +223,7 @@ def complaints(path):
 def test_library_and_reading_notebooks_are_stored_executed(path): assert complaints(path) == []
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.relative_to(ROOT / "runs").as_posix())
+@pytest.mark.parametrize("path", [p for p in RUNS if p.parent.name != "speed"], ids=lambda p: p.relative_to(ROOT / "runs").as_posix())
 def test_runs_are_stored_executed_with_the_parameters_of_their_place(path):
     assert complaints(path) == []
     injected = [c for c in nbformat.read(path, 4).cells if c.metadata.get("tags") == ["injected-parameters"]]

@@ -1,7 +1,5 @@
 "The README says what runs/ holds, and its code runs."
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 from rest_nb.results import MARKS, readme_table, with_table

@@ -6,7 +6,6 @@ import contextlib
 import gzip
 import hashlib
 import io
-import resource
 import socket
 import subprocess
 import sys

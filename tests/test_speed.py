@@ -1,0 +1,75 @@
+"Speed: who takes part, what is counted. No test measures time."
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rest_nb import results, sparse, speed
+from rest_nb.models import cnn
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    "The CNN with few channels, as a network of its own."
+    monkeypatch.setitem(speed.NETWORKS, "tiny", (lambda width: cnn(width=width // 16), 28))
+    return "tiny"
+
+
+@pytest.mark.parametrize("kind, stored, hooks, precision", [
+    ("dense fp32", False, 0, "fp32"), ("dense bf16", False, 0, "bf16"), ("masked", False, 1, "fp32"), (.1, True, 0, "fp32")])
+def test_contestants_are_what_their_names_say(tiny, kind, stored, hooks, precision):
+    model, optimizer, found, used = speed.contestant(tiny, kind)
+    assert (isinstance(model[0], sparse.SparseConv2d), len(found), used) == (stored, hooks, precision)
+    assert {id(p) for p in model.parameters()} == {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_a_step_trains_and_inference_does_not(tiny):
+    step = speed.training_step(tiny, .1, batch=32)
+    losses = [step() for _ in range(30)]
+    assert losses[-1] < .9 * losses[0]  # the same batch, learned by heart
+    assert speed.inference(tiny, .1, batch=3)() is None
+
+
+def test_state_is_counted_by_hand(tiny):
+    dense = cnn(width=4)
+    n, normed = sum(p.numel() for p in dense.parameters()), 2 * (4 + 8 + 16) + 10
+    assert speed.state_bytes(tiny, "dense fp32") == 12 * n  # weight, gradient, momentum: 4 bytes each
+    kept = round(.1 * (n - normed))
+    # A kept weight: 12 bytes as above, position 4, (channel, tap) 8 forward and 8 backward, the order backward 4;
+    # where rows and columns start: 8 for each channel in and out, and one more.
+    channels = (3 + 4) + (4 + 8) + (8 + 16) + (16 + 10)
+    assert speed.state_bytes(tiny, .1) == 36 * kept + 12 * normed + 8 * (channels + 2 * 4)
+
+
+def test_the_limit_counts_what_lies_inside_the_image(tiny, monkeypatch):
+    monkeypatch.setattr(speed, "alternate", lambda runs, rounds: dict.fromkeys(runs, 1.))
+    lines = speed.layer_times(tiny, .3, dict(flops=1, bandwidth=1), batch=5)
+    model, size = speed.contestant(tiny, .3)[0], 28
+    assert [line["layer"] for line in lines] == ["0", "3", "6"]
+    for line in lines:
+        layer = model.get_submodule(line["layer"])
+        # An image of ones under a weight of ones adds up what lies inside.
+        inside = F.conv2d(torch.ones(1, layer.shape[1], size, size), layer.mask.float(), stride=2, padding=1).sum().item()
+        assert line["flops"] == 2 * 5 * inside and line["weights"] == layer.mask.sum()
+        assert line["bytes"] == 4 * 5 * (layer.shape[1] * size ** 2 + layer.shape[0] * (size // 2) ** 2)
+        size //= 2
+
+
+def test_measure_has_a_figure_for_everybody(tiny, monkeypatch):
+    monkeypatch.setattr(speed, "peak_bytes", lambda network, kind, batch: 1)
+    found = speed.measure(tiny, densities=(.1, .2), rounds=1, batch=4)
+    for what in ("training", "inference", "single", "state"):
+        assert list(found[what]) == [*speed.RIVALS, "0.1", "0.2"] and min(found[what].values()) > 0
+    assert results.speed_ratios(found).loc["0.1", "masked"] == found["training"]["masked"] / found["training"]["0.1"]
+
+
+def test_layers_table_says_what_binds():
+    lines = [dict(layer="a", weights=1, seconds=4., flops=1., bytes=2.), dict(layer="b", weights=1, seconds=4., flops=3., bytes=2.)]
+    table = results.layers_table(lines)
+    assert table.binds.tolist() == ["bytes", "flops"] and table.of_limit.tolist() == [.5, .75]
+
+
+def test_bar():
+    made_up = dict(networks=dict(CNN=dict(training={"dense fp32": 2., "dense bf16": 1., "masked": 3., "0.01": .5})))
+    table = results.bar_table(made_up, {("CNN", "0.01"): {"dense fp32": 4, "dense bf16": 3}})
+    assert table.reached.tolist() == ["yes", "no"] and table.measured.tolist() == ["4.0×", "2.0×"]
+    with pytest.raises(FileNotFoundError, match="make speed"): results.load_speed("/nowhere")
