@@ -44,7 +44,7 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Bring the stored long study, its page and the README's table up to date (up to 40 minutes)
+study: install ## Bring the stored long study, its page and the README's table up to date (up to 30 minutes)
 	dvc repro cpu
 	$(RUN) page cpu
 

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['GROUPS', 'METHOD_COLOURS', 'MARKS', 'load_rows', 'accuracies', 'histories', 'percent', 'table', 'load_seconds',
            'paired_difference', 'differences', 'accuracy_figure', 'learning_figure', 'turning_points',
-           'examples_figure', 'counts', 'readme_table', 'with_table']
+           'examples_figure', 'counts', 'readme_table', 'with_table', 'load_speed', 'speed_ratios', 'speed_figure',
+           'bar_table', 'layers_table']
 
 # %% ../nbs/0c_results.ipynb #d696110b
 from pathlib import Path
@@ -192,3 +193,57 @@ def with_table(text, markdown):
     if not all(mark in text for mark in MARKS): raise ValueError(f"README.md lacks one of the marks {MARKS}")
     before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
     return f"{before}{MARKS[0]}\n{markdown}\n{MARKS[1]}{after}"
+
+# %% ../nbs/0c_results.ipynb #84cc47c3
+def load_speed(root):
+    "What the speed experiment stored: machine, limits, networks, layers, growth, epoch."
+    path = Path(root) / "runs" / "speed" / "speed.json"
+    result = read_json(path)
+    if result is None: raise FileNotFoundError(f"{path} is missing: `make speed` makes it")
+    return result
+
+
+def speed_ratios(measured, what="training"):
+    """How many times faster a compact network is than its rivals, a line for each density.
+
+    `measured`: one network's part of the result. `what`: training, inference (a batch), single (one image).
+    """
+    seconds = dict(measured[what])
+    rivals = {name: seconds.pop(name) for name in ("dense fp32", "dense bf16", "masked")}
+    return pd.DataFrame({density: dict(ms=1000 * taken, **{name: rival / taken for name, rival in rivals.items()})
+                         for density, taken in seconds.items()}).T.rename_axis("density")
+
+
+def speed_figure(result):
+    "Seconds of a training step by density, a panel for each network, the dense rivals as lines: a matplotlib figure."
+    fig, axes = plt.subplots(1, len(result["networks"]), figsize=(10, 3.4), squeeze=False)
+    for ax, (name, measured) in zip(axes[0], result["networks"].items()):
+        ratios = speed_ratios(measured)
+        ax.plot(ratios.index.astype(float), ratios.ms, "o-", color=METHOD_COLOURS["REST"], label="compact")
+        for rival, style in {"masked": ":", "dense fp32": "-", "dense bf16": "--"}.items():
+            ax.axhline(1000 * measured["training"][rival], color="grey", ls=style, label=rival)
+        ax.set(xscale="log", yscale="log", xlabel="density", ylabel="ms a step", title=name)
+    axes[0][0].legend()
+    return fig
+
+
+def bar_table(result, asked):
+    """Beside each ratio asked for, what was measured: a line for each (network, density, rival).
+
+    `asked`: {(network, density): {rival: ratio}}.
+    """
+    return pd.DataFrame([dict(network=network, density=density, rival=rival, asked=f"{ratio}×",
+                              measured=f"{found:.1f}×", reached="yes" if found >= ratio else "no")
+                         for (network, density), ratios in asked.items() for rival, ratio in ratios.items()
+                         for found in [speed_ratios(result["networks"][network]).loc[density, rival]]])
+
+
+def layers_table(lines):
+    """Each convolution's forward pass beside its limits, in ms: what binds, and the share of the limit reached.
+
+    `lines`: what `speed.layer_times` gave.
+    """
+    t = pd.DataFrame(lines).set_index("layer")
+    limit = t[["flops", "bytes"]].max(axis=1)
+    return pd.DataFrame(dict(weights=t.weights, ms=1000 * t.seconds, flops=1000 * t.flops, bytes=1000 * t.bytes,
+                             binds=t[["flops", "bytes"]].idxmax(axis=1), of_limit=limit / t.seconds))
