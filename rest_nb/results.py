@@ -216,7 +216,7 @@ def speed_ratios(measured, what="training"):
 
 def speed_figure(result):
     "Seconds of a training step by density, a panel for each network, the dense rivals as lines: a matplotlib figure."
-    fig, axes = plt.subplots(1, len(result["networks"]), figsize=(10, 3.4), squeeze=False)
+    fig, axes = plt.subplots(1, len(result["networks"]), figsize=(10, 3.4), squeeze=False, layout="constrained")
     for ax, (name, measured) in zip(axes[0], result["networks"].items()):
         ratios = speed_ratios(measured)
         ax.plot(ratios.index.astype(float), ratios.ms, "o-", color=METHOD_COLOURS["REST"], label="compact")
