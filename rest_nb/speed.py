@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from . import sparse
-from .cost import alternate, layer_costs
+from .cost import alternate
 from .data import BiasedDataset
 from .masks import RigL, StaticSparse
-from .models import cnn, evaluating
+from .models import cnn
 from .sources import load_torchvision
 from .training import logits_of, train_step
 
@@ -103,7 +103,7 @@ def limits(rounds=9):
 
 
 def layer_times(network, density, machine, batch=256, rounds=20):
-    """For each convolution: measured seconds forward, and the two times that no program can beat on this `machine`
+    """For each convolution: measured seconds forward, and two times it can hardly beat on this `machine`
     (see `limits`): for the FLOPs of its non-zeros and for reading its input and writing its output. A list of dicts.
     """
     model = contestant(network, density)[0]

@@ -63,15 +63,10 @@ def convolutions(draw):
     return layer, (batch, layer.in_channels, *size), draw(st.sampled_from([0, .05, .3, 1]))
 
 
-@settings(max_examples=300, deadline=None)
-@given(convolutions())
-def test_convolution_is_the_masked_dense_one(case):
-    layer, shape, share = case
-    dense, mask = masked(layer, share)
-    ours, x = SparseConv2d(copy.deepcopy(dense), mask), torch.randn(shape)
-    with torch.no_grad(): g = torch.randn_like(dense(x))
+def check(ours, dense, mask, x, g):
+    """Output and all gradients of `ours` against `dense` in double precision: its own rounding must not count as our error.
+    Where terms cancel, rounding is measured by their magnitudes."""
     out, to_x, to = gradients(ours, x, g)
-    # The oracle in double precision: its own rounding must not count as our error. Where terms cancel, rounding is measured by their magnitudes.
     expected, to_x2, to2 = gradients(copy.deepcopy(dense).double(), x.double(), g.double())
     large = copy.deepcopy(dense).double()
     for p in large.parameters(): p.data.abs_()
@@ -82,14 +77,22 @@ def test_convolution_is_the_masked_dense_one(case):
     if dense.bias is not None: assert is_close(to["bias"], to2["bias"].float(), 1e-6, top(to3["bias"]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(convolutions())
+def test_convolution_is_the_masked_dense_one(case):
+    layer, shape, share = case
+    dense, mask = masked(layer, share)
+    x = torch.randn(shape)
+    with torch.no_grad(): g = torch.randn_like(dense(x))
+    check(SparseConv2d(copy.deepcopy(dense), mask), dense, mask, x, g)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 9), st.integers(1, 9), st.lists(st.integers(1, 40), min_size=0, max_size=3), st.sampled_from([0, .3, 1]))
 def test_linear_is_the_masked_dense_one(inputs, outputs, batch, share):
     torch.manual_seed(0)
     dense, mask = masked(nn.Linear(inputs, outputs), share)
-    ours, x, g = SparseLinear(copy.deepcopy(dense), mask), torch.randn(*batch, inputs), torch.randn(*batch, outputs)
-    for (a, b) in zip(gradients(ours, x, g)[:2], gradients(dense, x, g)[:2]): assert is_close(a, b)
-    assert is_close(ours.values.grad, dense.weight.grad[mask]) and is_close(ours.bias.grad, dense.bias.grad)
+    check(SparseLinear(copy.deepcopy(dense), mask), dense, mask, torch.randn(*batch, inputs), torch.randn(*batch, outputs))
 
 
 @pytest.mark.parametrize("stride, dilation, groups", [(1, 1, 1), (2, 1, 2), (1, 2, 1)])
@@ -109,7 +112,7 @@ def chain(channels=5, outputs=6, relu=True, bias=False):
     return nn.Sequential(nn.Conv2d(channels, outputs, 3, 2, 1, bias=bias), norm, *([nn.ReLU()] if relu else []))
 
 
-@pytest.mark.parametrize("batch", [3, 40])
+@pytest.mark.parametrize("batch", [3, 40, 300])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("is_first", [True, False])
@@ -131,7 +134,7 @@ def test_convolution_norm_and_relu_in_one_go(batch, relu, bias, is_first):
         assert is_close(out, expected, 1e-5)
         assert is_close(ours[0].values.grad, dense[0].weight.grad[ours[0].mask], 1e-4)
         assert is_close(ours[1].weight.grad, dense[1].weight.grad, 1e-4) and is_close(ours[1].bias.grad, dense[1].bias.grad, 1e-4)
-        if bias: assert ours[0].bias.grad.abs().max() < 1e-4 and dense[0].bias.grad.abs().max() < 1e-4
+        if bias: assert ours[0].bias.grad.abs().max() < 1e-2 and dense[0].bias.grad.abs().max() < 1e-2  # 0 but for rounding
         for name in ("running_mean", "running_var"): assert is_close(getattr(ours[1], name), getattr(dense[1], name))
         assert ours[1].num_batches_tracked == dense[1].num_batches_tracked
     for grad in (torch.no_grad, torch.enable_grad):
@@ -171,8 +174,9 @@ def test_nan_and_inf_come_out_as_from_the_dense_layer(bad):
     x = torch.randn(20, 2, 6, 6)
     x[3, 1, 2, 2] = bad
     assert is_close(SparseConv2d(dense, mask)(x), dense(x))
-    model = sparsify(chain(2, 3), .99)
-    assert model(x)[:, 1].isnan().any() or bad == -float("inf")
+    dense = chain(2, 3)
+    ours = sparsify(copy.deepcopy(dense), 1.)  # batch-norm spreads it over its channels, ReLU keeps a NaN
+    assert torch.equal(ours(x).isnan(), dense(x).isnan()) and ours(x).isnan().any()
 
 
 def test_results_are_equal_for_any_number_of_threads():
@@ -313,11 +317,10 @@ def test_a_module_in_two_places_is_one_layer():
 
 # ------------------------------------------------------------------------------------ drop and grow, two storages
 
-def two_storages(kind, double=True, **kwargs):
+def two_storages(kind, **kwargs):
     "The same network, masked and stored sparse, with their optimizers and methods."
     torch.manual_seed(0)
-    dense = cnn(width=8)
-    if double: dense = dense.double()
+    dense = cnn(width=8).double()
     ours = sparsify(copy.deepcopy(dense), .1, seed=3)
     optimizers = [torch.optim.SGD(model.parameters(), .02, momentum=.9) for model in (dense, ours)]
     return ((dense, optimizers[0], kind(dense, optimizers[0], .1, seed=3, **kwargs)),
