@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from rest_nb import kernels, sparse
 from rest_nb.masks import SET, RigL, StaticSparse, maskable
 from rest_nb.models import cnn, evaluating
 from rest_nb.sparse import SparseConv2d, SparseLinear, densify, sparsify
+
+ROOT = Path(__file__).parents[1]
 
 
 def is_close(ours, theirs, relative=1e-5, scale=0):
@@ -134,7 +137,7 @@ def test_convolution_norm_and_relu_in_one_go(batch, relu, bias, is_first):
         assert is_close(out, expected, 1e-5)
         assert is_close(ours[0].values.grad, dense[0].weight.grad[ours[0].mask], 1e-4)
         assert is_close(ours[1].weight.grad, dense[1].weight.grad, 1e-4) and is_close(ours[1].bias.grad, dense[1].bias.grad, 1e-4)
-        if bias: assert ours[0].bias.grad.abs().max() < 1e-2 and dense[0].bias.grad.abs().max() < 1e-2  # 0 but for rounding
+        if bias: assert ours[0].bias.grad.abs().max() < 1e-3 and dense[0].bias.grad.abs().max() < 1e-3  # 0 but for rounding
         for name in ("running_mean", "running_var"): assert is_close(getattr(ours[1], name), getattr(dense[1], name))
         assert ours[1].num_batches_tracked == dense[1].num_batches_tracked
     for grad in (torch.no_grad, torch.enable_grad):
@@ -444,6 +447,19 @@ def test_kernels_work_where_nothing_can_be_cached(tmp_path):
             "print(type(kernels.wait._cache).__name__)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split() == ["NullCache"], done.stderr
+
+
+def test_rows_find_all_their_kernels_compiled(tmp_path):
+    "What is compiled in the process that trains rounds otherwise than what is loaded: so `row` compiles in another one first."
+    env = dict(os.environ, NUMBA_CACHE_DIR=str(tmp_path))
+    files = lambda: sorted(p.name for p in tmp_path.rglob("*.nbc"))
+    subprocess.run([sys.executable, "-m", "rest_nb", "compile"], check=True, env=env, cwd=ROOT, capture_output=True)
+    compiled = files()
+    code = ("import torch; from rest_nb.data import BiasedDataset; from rest_nb.experiments import Config, run_seed\n"
+            "data = BiasedDataset(torch.randint(0, 256, (600, 3, 28, 28)).byte(), torch.arange(600) % 10, torch.arange(600) % 7)\n"
+            "run_seed(Config(sparsity='rigl', width=16, batch_size=300, steps=4, eval_every=2, density=.1), 1, lambda split: data)")
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
+    assert compiled and files() == compiled
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
