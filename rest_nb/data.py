@@ -5,7 +5,9 @@ __all__ = ['COLOURS', 'SIGMA', 'SPLITS', 'VALID_SIZE', 'UNIFORM', 'BiasedDataset
            'colored_mnist', 'examples', 'save', 'load']
 
 # %% ../nbs/01_data.ipynb #4f9bde87
+import io
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,32 +19,35 @@ from .sources import load_torchvision
 # %% ../nbs/01_data.ipynb #37084d98
 @dataclass(frozen=True, eq=False)
 class BiasedDataset:
-    """Images `x` (uint8, N×C×H×W), targets `y` and bias attributes `a` (int64, N), both in 0…num_classes-1.
+    """Images `x` (uint8, N×C×H×W), targets `y` in 0…num_classes-1 and bias attributes `a` (int64, N).
 
+    `a` equals `y` where they agree; None where it is not known.
     Raises `ValueError` where a shape, a type or a label does not fit.
     """
     x: torch.Tensor
     y: torch.Tensor
-    a: torch.Tensor
+    a: torch.Tensor | None
     num_classes: int = 10
 
     def __post_init__(self):
         if self.x.dtype != torch.uint8 or self.x.ndim != 4:
             raise ValueError(f"x is {self.x.dtype} of shape {tuple(self.x.shape)}; expected uint8, N×C×H×W")
-        for name in ("y", "a"):
+        for name, beyond in (("y", self.num_classes), ("a", float("inf"))):
+            if name == "a" and self.a is None: continue
             labels = getattr(self, name)
             if labels.dtype != torch.int64 or labels.shape != (len(self.x),):
                 raise ValueError(f"{name} is {labels.dtype} of shape {tuple(labels.shape)}; expected int64, "
                                  f"one for each of the {len(self.x)} images")
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < beyond:
                 raise ValueError(f"{name} runs from {labels.min()} to {labels.max()}; "
-                                 f"expected 0 to {self.num_classes - 1}")
+                                 f"expected 0 to {beyond - 1}")
 
     def __len__(self): return len(self.x)
 
     @property
     def is_conflicting(self):
-        "True where target and bias attribute disagree (bool, N)."
+        "True where target and bias attribute disagree (bool, N). Raises `ValueError` where `a` is not known."
+        if self.a is None: raise ValueError("a is None; expected the bias attribute of each image")
         return self.y != self.a
 
 # %% ../nbs/01_data.ipynb #d2202e53
@@ -140,10 +145,19 @@ def save(path, sets):
     aside = path.with_suffix(".part")
     try:
         with open(aside, "wb") as file:
-            np.savez(file, **{f"{split}_{name}": np.asarray(value)
-                              for split, data in sets.items() for name, value in vars(data).items()})
+            _write_arrays(file, {f"{split}_{name}": np.asarray(value) for split, data in sets.items()
+                                 for name, value in vars(data).items() if value is not None})
         os.replace(aside, path)
     finally: aside.unlink(missing_ok=True)
+
+
+def _write_arrays(file, arrays):
+    "What `numpy.savez` writes, but without clocks and sizes in its headers."
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, value in arrays.items():
+            content = io.BytesIO()
+            np.lib.format.write_array(content, value)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getbuffer())
 
 
 def load(path, split):
@@ -153,5 +167,6 @@ def load(path, split):
     """
     if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing: `dvc repro sets` makes it")
     with np.load(path) as arrays:
-        tensors = [torch.from_numpy(arrays[f"{split}_{name}"]) for name in "xya"]
-        return BiasedDataset(*tensors, num_classes=int(arrays[f"{split}_num_classes"]))
+        x, y, a = (torch.from_numpy(arrays[key]) if (key := f"{split}_{name}") in arrays else None
+                   for name in "xya")
+        return BiasedDataset(x, y, a, num_classes=int(arrays[f"{split}_num_classes"]))
