@@ -31,12 +31,14 @@ def stepper(model, optimizer, train, batches, scheduler, **step):
 
 def with_update(run, method):
     "The same step, but with an update of the masks of `method` (a `masks.SET`)."
+    tell = getattr(method, "tell", lambda is_due: None)  # SET asks for no gradient
+
     def step():
         usual, method.delta_t = method.delta_t, 1
-        for layer in method.layers.values(): layer.wanted = True
+        tell(True)
         run()
         method.delta_t = usual
-        for layer in method.layers.values(): layer.wanted = False
+        tell(False)
     return step
 
 # %% ../nbs/0b_timing.ipynb #0bf61975
