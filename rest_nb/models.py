@@ -58,14 +58,15 @@ def resnet(blocks, num_classes=10, width=64, stem="imagenet"):
         setattr(model, f"layer{i + 1}", group)
     model.fc = nn.Linear(8 * width, num_classes)
     for layer in model.modules():  # as torchvision does (He et al., 2015)
-        if isinstance(layer, nn.Conv2d): nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(layer, nn.Conv2d): nn.init.kaiming_normal_(layer.weight, 0, "fan_out", "relu")
     return model
 
 
 resnet18, resnet34 = partial(resnet, [2, 2, 2, 2]), partial(resnet, [3, 4, 6, 3])
 
 # %% ../nbs/02_models.ipynb #a4f5a93d
-NETWORKS = {"cnn": cnn, "resnet18": resnet18, "resnet18-cifar": partial(resnet18, stem="cifar"), "resnet34": resnet34}
+NETWORKS = {"cnn": cnn, "resnet18": resnet18, "resnet18-cifar": partial(resnet18, stem="cifar"),
+            "resnet34": resnet34}
 
 # %% ../nbs/02_models.ipynb #155759e2
 @contextlib.contextmanager
