@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from . import masks
+from .batches import assemble
 from .cost import alternate
 from .data import load
 from .experiments import configure, machine, prepare, read_params, write_json
-from .training import as_input, train_step
+from .training import train_step
 
 # %% ../nbs/0b_timing.ipynb #ede7b555
 def stepper(model, optimizer, train, batches, scheduler, **step):
@@ -59,7 +60,7 @@ def time_methods(root, budget, setting, rounds=20):
         for hook in setup["hooks"]:
             if isinstance(hook, masks.SET): contestants[method, "update"] = with_update(contestants[method], hook)
     index = torch.randperm(len(train))[:config.batch_size]
-    contestants["batch"] = lambda: as_input(train.x[index])
+    contestants["batch"] = lambda: assemble(train.x, index)
     medians = alternate(contestants, rounds)
     updates = {method: max(medians.get((method, "update"), 0) - medians[method], 0) for method in configs}
     result = dict(machine=machine(), rounds=rounds, setting=setting, batch=medians["batch"], methods={
