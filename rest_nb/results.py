@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from .experiments import read_json, read_params
+from .experiments import read_json, read_params, settings_of
 from .metrics import over_seeds
 
 # %% ../nbs/0c_results.ipynb #3b893375
@@ -23,7 +23,7 @@ def load_rows(root, budget):
     Raises `FileNotFoundError`, naming the first that is missing.
     """
     params, rows = read_params(Path(root) / "params.yaml"), {}
-    for setting in params["settings"]:
+    for setting in settings_of(params, budget):
         for method in params["methods"]:
             path = Path(root) / "runs" / budget / "rows" / f"{setting}-{method}.json"
             rows[setting, method] = read_json(path)

@@ -59,8 +59,8 @@ def time_methods(root, budget, setting, rounds=20):
         contestants[method] = stepper(**setup)
         for hook in setup["hooks"]:
             if isinstance(hook, masks.SET): contestants[method, "update"] = with_update(contestants[method], hook)
-    index = torch.randperm(len(train))[:config.batch_size]
-    contestants["batch"] = lambda: assemble(train.x, index)
+    index, generator = torch.randperm(len(train))[:config.batch_size], torch.Generator()
+    contestants["batch"] = lambda: assemble(train.x, index, config.images.transform, generator=generator)
     medians = alternate(contestants, rounds)
     updates = {method: max(medians.get((method, "update"), 0) - medians[method], 0) for method in configs}
     result = dict(machine=machine(), rounds=rounds, setting=setting, batch=medians["batch"], methods={

@@ -65,7 +65,7 @@ def ask(model, x, precision="fp32", inputs=assemble):
     The model's mode is left as it was.
     """
     with evaluating(model):
-        return torch.cat([logits_of(model, part, precision, inputs).cpu() for part in x.split(1000)])
+        return torch.cat([logits_of(model, part, precision, inputs).cpu() for part in x.split(1024)])
 
 
 def validate(model, data, precision="fp32", inputs=assemble):
