@@ -250,7 +250,7 @@ def corrupt(images, kinds, severity=5, seed=0, textures=(), workers=None):
     """Spoil `images` (uint8, N×32×32×3); returns uint8.
 
     `kinds`: keys of `CORRUPTIONS`, one for each image or one for all.
-    Frost needs `textures` (see `read_textures`). The result is the same for any number of `workers` (threads).
+    Frost needs `textures` (see `read_textures`). The same result for any number of `workers` (threads).
     Raises `ValueError` for another shape, type, kind or severity.
     """
     kinds = np.broadcast_to(kinds, len(images))

