@@ -170,11 +170,11 @@ def relief(drop):
     "The distance from a drop's edge (bool, 32×32), equalised and lit from below on the right: 0…255."
     edge = drop & ~ndimage.binary_erosion(drop, border_value=1)
     far = np.minimum(ndimage.distance_transform_edt(~edge), 20) if edge.any() else np.full(drop.shape, 20.)
-    far = np.floor(ndimage.uniform_filter(far, 3, mode="mirror")).astype(int)
+    far = (ndimage.correlate(far, np.ones((3, 3)), mode="mirror") / 9).astype(int)
     rank = np.cumsum(np.bincount(far.ravel()))
     equal = np.rint((rank - rank[far.min()]) * 255 / max(1, far.size - rank[far.min()]))[far]
     lit = ndimage.correlate(equal, [[-2, -1, 0], [-1, 1, 1], [0, 1, 2]], mode="mirror")
-    return ndimage.uniform_filter(np.clip(lit, 0, 255), 3, mode="mirror")
+    return ndimage.correlate(np.clip(lit, 0, 255), np.ones((3, 3)), mode="mirror") / 9
 
 # %% ../nbs/01_corruptions.ipynb #bc270efd
 def sample(x, rows, columns, mode):
