@@ -1,6 +1,6 @@
 """Each corruption does what its definition says; the whole is the same bytes however the work is divided.
 
-Images are random numbers (smoothed where edges would hide the point), ice is made up. Oracles: colorsys, explicit loops, closed forms.
+Images are random numbers (smoothed where edges would hide the point), ice is made up. Oracles: colorsys, loops, closed forms.
 """
 import colorsys
 import io
@@ -152,12 +152,10 @@ def test_saturate_is_colorsys(severity):
 
 @pytest.mark.parametrize("severity", SEVERITIES)
 def test_contrast_keeps_its_share_of_every_difference(severity):
-    spoilt = corrupt(NOISY, "contrast", severity).astype(float)
-    for image, original in zip(spoilt, NOISY):
-        for colour in range(3):
-            far, was = image[..., colour].ravel(), original[..., colour].ravel()
-            slope, level = np.polyfit(was, far, 1)
-            assert abs(slope - at("contrast", severity)) < 1e-3 and abs(level - (1 - slope) * was.mean()) < .2  # rounding
+    for image, original in zip(corrupt(NOISY, "contrast", severity), NOISY):
+        mean = np.array([original[..., colour].mean() for colour in range(3)])
+        expected = np.clip(mean + at("contrast", severity) * (original - mean), 0, 255)
+        assert np.abs(image - expected).max() <= .5001
 
 
 # --- noise
@@ -248,7 +246,7 @@ def test_textures_are_read_at_a_fifth_in_their_order(tmp_path):
         if i < 4: picture[..., 3] = 128  # see-through: ignored
         Image.fromarray(picture).save(tmp_path / (f"frost{i}.png" if i != 6 else "frost6.png"))
     textures = read_textures(tmp_path)
-    assert [texture.shape for texture in textures] == [(41, 32, 3)] * 5 or len(textures) == 5
+    assert [texture.shape for texture in textures] == [(41, 32, 3)] * 5
     assert [np.unique(texture).tolist() for texture in textures] == [[10], [20], [30], [40], [50]]
     (tmp_path / "frost3.png").unlink()
     with pytest.raises(FileNotFoundError, match="holds 4 of the 5 textures .*fetch frost"): read_textures(tmp_path)
@@ -260,7 +258,8 @@ def plasma_by_hand(noise, decay):
     while step > 1:
         half, places = step // 2, list(itertools.product(range(0, 32, step), repeat=2))
         def ring(y, x, *ways): return sum(height[(y + a) % 32, (x + b) % 32] for a, b in ways) / 4
-        square, cross = [(-half, -half), (-half, half), (half, -half), (half, half)], [(-half, 0), (half, 0), (0, -half), (0, half)]
+        square = list(itertools.product((-half, half), repeat=2))
+        cross = [(-half, 0), (half, 0), (0, -half), (0, half)]
         for y, x in places: height[y + half, x + half] = ring(y + half, x + half, *square) + size * next(numbers)
         for y, x in places: height[y, x + half] = ring(y, x + half, *cross) + size * next(numbers)
         for y, x in places: height[y + half, x] = ring(y + half, x, *cross) + size * next(numbers)
@@ -335,13 +334,13 @@ def test_water_is_pale_turquoise_light(severity):
 
 def test_dry_where_there_is_no_drop():
     x = PHOTOS / 255
-    assert np.isfinite(spatter(x, (0, 0, 1, .7, .5, 0), rngs(6))).all() and (spatter(x, (0, 0, 1, .7, .5, 0), rngs(6)) == x).all()
+    assert (spatter(x, (0, 0, 1, .7, .5, 0), rngs(6)) == x).all()
 
 
 # --- digital
 
 @settings(deadline=None, max_examples=40, derandomize=True)
-@given(hnp.arrays(float, (1, 32, 32), elements=st.floats(0, 31)), hnp.arrays(float, (1, 32, 32), elements=st.floats(0, 31)))
+@given(*[hnp.arrays(float, (1, 32, 32), elements=st.floats(0, 31))] * 2)
 def test_sample_reads_between_pixels(rows, columns):
     "Of an image that is a plane, any point is what the plane says."
     y, x = np.mgrid[:32, :32]
