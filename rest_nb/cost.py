@@ -26,15 +26,17 @@ def layer_costs(model, input_shape):
 
     def count(layer, inputs, output, name):
         # One input is shown, so all outputs of a channel are positions; a transposed conv spreads its *inputs*.
+        is_stored_sparse = hasattr(layer, "exchange")
+        shape, values = (layer.shape, layer.values) if is_stored_sparse else (layer.weight.shape, layer.weight)
         seen, channels = ((inputs[0], layer.in_channels) if getattr(layer, "transposed", False)
-                          else (output, layer.weight.shape[0]))
+                          else (output, shape[0]))
         positions = seen.numel() // channels
-        size, kept = layer.weight.numel(), int(layer.weight.count_nonzero())
+        size, kept = shape.numel(), int(values.count_nonzero())
         rows.append(dict(layer=name, weights=size, nonzero=kept, positions=positions,
                          dense_macs=size * positions, macs=kept * positions))
 
     for name, layer in model.named_modules():
-        if isinstance(layer, LAYERS):
+        if isinstance(layer, LAYERS) or hasattr(layer, "exchange"):
             handles.append(layer.register_forward_hook(lambda *seen, name=name: count(*seen, name)))
     try:
         with torch.no_grad(), evaluating(model):

@@ -131,6 +131,10 @@ class StaticSparse:
             for layer in self.layers.values(): random_mask(layer.shape, 0, self.generator)
         self.after_step()
 
+    def changing(self):
+        "The layers that can exchange weights: neither full nor frozen."
+        return [layer for layer in self.layers.values() if layer.values.requires_grad and not layer.mask.all()]
+
     @property
     def masks(self):
         "The masks, {name: bool tensor}, on the weights' device."
@@ -196,9 +200,8 @@ class SET(StaticSparse):
     @torch.no_grad()
     def update(self):
         "Drop and grow in every layer; what is not kept throughout starts from zero, in gradient and optimizer too."
-        for layer in self.layers.values():
+        for layer in self.changing():
             mask, values = layer.mask, layer.values
-            if mask.all(): continue  # a dense layer has nothing to exchange
             k = int(self.share() * int(mask.sum()))
             new, kept = drop_and_grow(mask, layer.dense().abs(), self.grow_scores(layer), k)
             tensors = [values, values.grad, *self.optimizer.state.get(values, {}).values()]
@@ -219,4 +222,13 @@ class RigL(SET):
     def after_step(self):
         "As in `StaticSparse`; a layer that never makes a dense gradient is told if the next step needs it."
         super().after_step()
-        for layer in self.layers.values(): layer.wanted = self.is_due(self.step + 1)
+        self.tell(self.is_due(self.step + 1))
+
+    def tell(self, is_due):
+        "Tell the layers that exchange weights whether the next step is an update."
+        changing = self.changing() if is_due else []
+        for layer in self.layers.values(): layer.wanted = layer in changing
+
+    def __setstate__(self, state):  # a layer that is loaded or copied does not know
+        self.__dict__.update(state)
+        self.tell(self.is_due(self.step + 1))

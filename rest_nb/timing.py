@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from . import masks
+from .batches import assemble
 from .cost import alternate
 from .data import load
 from .experiments import configure, machine, prepare, read_params, write_json
-from .training import as_input, train_step
+from .training import train_step
 
 # %% ../nbs/0b_timing.ipynb #ede7b555
 def stepper(model, optimizer, train, batches, scheduler, **step):
@@ -31,12 +32,14 @@ def stepper(model, optimizer, train, batches, scheduler, **step):
 
 def with_update(run, method):
     "The same step, but with an update of the masks of `method` (a `masks.SET`)."
+    tell = getattr(method, "tell", lambda is_due: None)  # SET asks for no gradient
+
     def step():
         usual, method.delta_t = method.delta_t, 1
-        for layer in method.layers.values(): layer.wanted = True
+        tell(True)
         run()
         method.delta_t = usual
-        for layer in method.layers.values(): layer.wanted = False
+        tell(False)
     return step
 
 # %% ../nbs/0b_timing.ipynb #0bf61975
@@ -57,7 +60,7 @@ def time_methods(root, budget, setting, rounds=20):
         for hook in setup["hooks"]:
             if isinstance(hook, masks.SET): contestants[method, "update"] = with_update(contestants[method], hook)
     index = torch.randperm(len(train))[:config.batch_size]
-    contestants["batch"] = lambda: as_input(train.x[index])
+    contestants["batch"] = lambda: assemble(train.x, index)
     medians = alternate(contestants, rounds)
     updates = {method: max(medians.get((method, "update"), 0) - medians[method], 0) for method in configs}
     result = dict(machine=machine(), rounds=rounds, setting=setting, batch=medians["batch"], methods={

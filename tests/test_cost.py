@@ -299,3 +299,10 @@ def test_peak_memory_counts_bytes_and_remembers():
     assert 48e6 < grown < 96e6  # not kibibytes, and not a thousand times as much
     del block
     assert peak_memory() >= before + grown  # a peak does not come down
+
+
+def test_a_model_stored_sparse_costs_what_the_masked_one_does():
+    from rest_nb.sparse import densify, sparsify
+    model = sparsify(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2, groups=1), torch.nn.Flatten(), torch.nn.Linear(4 * 9, 5)), .3)
+    stored = layer_costs(model, (3, 8, 8))
+    assert stored.equals(layer_costs(densify(model), (3, 8, 8))) and stored.weights.tolist() == [108, 180]

@@ -1,5 +1,6 @@
 """Training: against a loop written by hand, and definitions of what is selected, and when who is called."""
 import copy
+import functools
 import inspect
 import math
 from types import SimpleNamespace
@@ -11,10 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from rest_nb import training
+from rest_nb.batches import CIFAR, assemble
 from rest_nb.data import BiasedDataset
 from rest_nb.experiments import Config, run_seed
 from rest_nb.models import cnn
-from rest_nb.training import as_input, ask, autocast, fit, logits_of, train_step, validate
+from rest_nb.training import ask, autocast, fit, logits_of, train_step, validate
 
 
 def blobs(n, seed):
@@ -160,7 +162,7 @@ def fit_scripted(script, **kwargs):
         def forward(self, x): return self.weight.expand(len(x), 10)
 
     model, queue, states, asked = Counter(), list(script), [], []
-    def scripted(model, x, precision="none given"):
+    def scripted(model, x, precision="none given", inputs=None):
         states.append(model.weight.detach().clone())
         asked.append((x, precision))
         return queue.pop(0)
@@ -317,13 +319,51 @@ def test_validate_without_conflicting_samples():
 
 # --- input and precision -------------------------------------------------------------------------------
 
-def test_as_input_covers_every_byte():
-    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
-    before, taken = x.clone(), as_input(x)
-    assert taken.dtype == torch.float32 and taken.is_contiguous(memory_format=torch.channels_last)
-    expected = torch.tensor([i / 255 for i in range(256)])
-    torch.testing.assert_close(taken[1, 2].flatten(), expected, rtol=1e-6, atol=0)
-    assert taken.min() == 0 and taken.max() == 1 and torch.equal(x, before)
+def recorder(log):
+    "Inputs that are bytes halved, and a log of how they were asked for."
+    def inputs(x, index=None, generator=None):
+        log.append((x, index, generator))
+        return (x if index is None else x[index]).float() / 510
+    return inputs
+
+
+def test_images_are_scaled_and_stay_in_place_unless_told_otherwise():
+    model, seen = small(), []
+    model.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    index = torch.tensor([7, 7, 199, 0])
+    train_step(model, sgd(model), TRAIN, index)
+    ask(model, VALID.x)
+    for x, expected in zip(seen, (TRAIN.x[index], VALID.x), strict=True):
+        assert torch.equal(x, expected.float().div_(255)) and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_training_moves_images_and_asking_does_not():
+    # All that goes into the network comes from `inputs`; the generator is for the steps of training only.
+    model, log, shown, g = small(), [], [], torch.Generator()
+    model.register_forward_pre_hook(lambda _, x: shown.append(x[0].max().item()))
+    batches = some_batches(4)
+    fit(model, sgd(model), TRAIN, VALID, batches, eval_every=2, inputs=recorder(log), generator=g)
+    assert [generator for *_, generator in log] == [g, g, None] * 2
+    assert [x is TRAIN.x for x, *_ in log] == [True, True, False] * 2
+    assert all(torch.equal(a, b) for a, b in zip([log[i][1] for i in (0, 1, 3, 4)], batches))
+    assert all(torch.equal(log[i][0], VALID.x) and log[i][1] is None for i in (2, 5))
+    assert len(shown) == 6 and 0 < max(shown) <= .5
+    twin, plain = small(), small()
+    fit(twin, sgd(twin), TRAIN, VALID, batches, eval_every=2, inputs=recorder([]))
+    fit(plain, sgd(plain), TRAIN, VALID, batches, eval_every=2)
+    assert torch.equal(twin[0].weight, model[0].weight) and not torch.equal(plain[0].weight, model[0].weight)
+
+
+def test_a_generator_makes_training_another_and_the_same_again():
+    ends = []
+    for seed in (0, 0, 1, None):
+        model = small()
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        fit(model, sgd(model), TRAIN, VALID, some_batches(3), eval_every=3, generator=generator,
+            inputs=functools.partial(assemble, transform=CIFAR))
+        ends.append(model[0].weight.detach().clone())
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2]) and not torch.equal(ends[0], ends[3])
 
 
 def test_bf16_is_torchs_autocast_and_fp32_is_plain():
