@@ -14,10 +14,10 @@ from pathlib import Path
 from .notebooks import execute, project_root
 
 # %% ../nbs/0d_commands.ipynb #6c098d16
-def fetch(root, folder):
-    "Fetch and verify the raw images into FOLDER."
-    from rest_nb.sources import fetch_mnist
-    print(fetch_mnist(root / folder))
+def fetch(root, name, folder):
+    "Fetch and verify the raw files of the set NAME (MNIST, CIFAR10 or frost) into FOLDER."
+    from rest_nb import sources
+    print(sources.fetch(name, root / folder))
 
 
 def sets(root, setting):
