@@ -280,7 +280,7 @@ def test_a_zip_cut_short_anywhere_is_named(tmp_path_factory, data):
     path = flags(tmp_path_factory.mktemp("cut"))
     whole = path.read_bytes()
     path.write_bytes(whole[:data.draw(st.integers(0, len(whole) - 1))])
-    assert refused(ValueError, [(path, "a.png")]) == f"{path} is cut short, or no zip: copy it again"
+    assert refused(ValueError, [(path, "a.png")]) == f"{path} is no zip, or one cut short: copy it again"
 
 
 def test_a_damaged_byte_in_a_zip_is_named(tmp_path):
