@@ -21,7 +21,8 @@ def open_zip(path):
     "The `zipfile.ZipFile` at `path`. Raises `FileNotFoundError`, or `ValueError` where it is not whole."
     try: return zipfile.ZipFile(path)
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing") from None
-    except zipfile.BadZipFile: raise ValueError(f"{path} is no zip, or one cut short: copy it again") from None
+    except zipfile.BadZipFile:
+        raise ValueError(f"{path} is no zip, or one cut short: copy it again") from None
     except OSError as error: raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
