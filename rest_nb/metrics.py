@@ -16,8 +16,9 @@ def group_accuracy(predicted, y, a):
 
     `predicted`, `y`, `a`: int tensors of one length N.
     A group without a sample has accuracy NaN, and is never the worst.
-    Raises `ValueError` for lengths that differ.
+    Raises `ValueError` for lengths that differ, and where `a` is not known.
     """
+    if a is None: raise ValueError("a is None; expected the bias attribute of each image")
     if not len(predicted) == len(y) == len(a):
         raise ValueError(f"{len(predicted)} predictions, {len(y)} targets, {len(a)} attributes; "
                          "expected as many of each")

@@ -95,8 +95,10 @@ def fit(model, optimizer, train, valid, batches, *, eval_every, scheduler=None, 
     `scheduler`: a torch learning-rate scheduler, stepped every step. `inputs`: see `logits_of`.
     `step`: what `train_step` takes besides.
     The model ends in its last state. Raises `FloatingPointError`, naming step and batch,
-    where the loss is not finite, and `ValueError` where there are fewer than `eval_every` batches.
+    where the loss is not finite, and `ValueError` where there are fewer than `eval_every` batches,
+    or `valid` has no attributes to select by.
     """
+    valid.is_conflicting  # not known: better said now than after the first steps
     history, losses, best = [], [], None
     for number, index in enumerate(batches, 1):
         model.train()
