@@ -79,8 +79,9 @@ def seconds(root, budget):
 
 
 def speed(root):
-    "Time dense, masked and compact networks against one another: runs/speed."
-    execute(root / "nbs" / "13_speed.ipynb", root / "runs" / "speed" / "speed.ipynb")
+    "Time networks, and the making of batches, against one another: runs/speed."
+    for source, name in (("13_speed", "speed"), ("14_assembly", "assembly")):
+        execute(root / "nbs" / f"{source}.ipynb", root / "runs" / "speed" / f"{name}.ipynb")
 
 
 def table(root, budget):
