@@ -36,7 +36,7 @@ def check_classes(classes):
     if type(classes[0]) is not int: return
     gap = next((low + 1 for low, high in zip(classes, classes[1:]) if high > low + 1), None)
     if gap is not None: raise ValueError(f"y has no {gap} between {classes[0]} and {classes[-1]}; "
-                                         "expected no gap, or text if it is meant: map(str, y)")
+                                         f"expected no gap, or names like 'class {gap}'")
 
 # %% ../nbs/01_labels.ipynb #5ea673f9
 def attribute_codes(table, fixed=()):

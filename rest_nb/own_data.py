@@ -30,7 +30,7 @@ def as_images(x):
     if str(x.dtype) not in ("uint8", "torch.uint8"):
         raise ValueError(f"x is {x.dtype}; expected uint8, 0 to 255: from [0, 1] by np.uint8(255 * x)")
     x = x.cpu() if isinstance(x, torch.Tensor) else torch.from_numpy(np.require(x, requirements="CW"))
-    if x.ndim == 3: x = x[:, None]
+    if x.ndim == 3: return x[:, None].expand(-1, 3, -1, -1)
     first, last = (x.ndim == 4 and x.shape[axis] in (1, 3) for axis in (1, 3))
     if first == last:
         raise ValueError(f"x is of shape {tuple(x.shape)}; "
@@ -170,8 +170,9 @@ def read_labels(path):
     for name in COLUMNS[:2]:
         if name not in table: raise ValueError(f"{path} has no {name!r}, only {', '.join(table)}; {want}")
     for name in table:
-        near = difflib.get_close_matches(name, COLUMNS, 1, 0)[0]
-        if name not in COLUMNS: raise ValueError(f"{path} has a column {name!r} (for {near!r}?); {want}")
+        if name not in COLUMNS:
+            near = "".join(f", did you mean {n!r}?" for n in difflib.get_close_matches(name.lower(), COLUMNS, 1))
+            raise ValueError(f"{path} has an unknown column {name!r}{near or ';'} {want}")
         for line in table.index[table[name].isna()]:
             raise ValueError(f"{path}, line {line}: no {name}; expected a value in each row")
     for line in table.index[table.file.duplicated()]:
