@@ -7,7 +7,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 # Waiting threads sleep instead of spinning: else two programs on two cores take ten times as long, not twice.
 export OMP_WAIT_POLICY := passive
-NOTEBOOKS := $(wildcard nbs/0*.ipynb nbs/2*.ipynb)
+NOTEBOOKS := $(wildcard nbs/[023]*.ipynb)
 
 .PHONY: help install repro test lab study speed export data
 

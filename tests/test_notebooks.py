@@ -219,8 +219,8 @@ def complaints(path):
     return wrong
 
 
-@pytest.mark.parametrize("path", [p for p in NBS if p.name[0] in "02"], ids=lambda p: p.stem)
-def test_library_and_reading_notebooks_are_stored_executed(path): assert complaints(path) == []
+@pytest.mark.parametrize("path", [p for p in NBS if p.name[0] in "023"], ids=lambda p: p.stem)
+def test_library_reading_and_example_notebooks_are_stored_executed(path): assert complaints(path) == []
 
 
 @pytest.mark.parametrize("path", [p for p in RUNS if p.parent.name != "speed"], ids=lambda p: p.relative_to(ROOT / "runs").as_posix())
