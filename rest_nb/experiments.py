@@ -208,8 +208,8 @@ def run_seed(config, seed, split, progress=iter):
 
 # %% ../nbs/09_experiments.ipynb #eab1aa87
 # what a row depends on
-CODE = ("sources", "data", "models", "masks", "kernels", "sparse", "cost", "reweighting", "metrics", "training",
-        "experiments")
+CODE = ("sources", "corruptions", "data", "models", "masks", "kernels", "sparse", "cost", "reweighting", "metrics",
+        "training", "experiments")
 
 
 def code_hash():
