@@ -81,7 +81,7 @@ def read_textures(folder):
     "The photographs of ice in `folder` (see `sources.FROST`), every fifth pixel: uint8 arrays, H×W×3."
     paths = sorted(Path(folder).glob("frost[1-5].*"))
     if len(paths) != 5: raise FileNotFoundError(f"{folder} holds {len(paths)} of the 5 textures of frost: "
-                                                "`python -m rest_nb fetch frost data` brings them")
+                                                f"`python -m rest_nb fetch frost {Path(folder).parent}` brings them")
     return [np.asarray(Image.open(path).convert("RGB"))[2::5, 2::5] for path in paths]
 
 

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SIGMA', 'SPLITS', 'VALID_SIZE', 'UNIFORM', 'BiasedDataset', 'check_ratio', 'assign_attributes', 'colour',
-           'colored_mnist', 'examples', 'save', 'load']
+           'check_split', 'biased_split', 'colored_mnist', 'examples', 'read_cifar10', 'corrupted_cifar10', 'save',
+           'load']
 
 # %% ../nbs/01_data.ipynb #4f9bde87
 import io
@@ -14,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .sources import load_torchvision
+from .corruptions import DISENT, corrupt, read_textures
+from .sources import CIFAR10, load_torchvision
 
 # %% ../nbs/01_data.ipynb #37084d98
 @dataclass(frozen=True, eq=False)
@@ -102,24 +104,37 @@ VALID_SIZE = 5_000
 UNIFORM = 0.9  # the conflict ratio at which ten attribute values are equally frequent in each class
 
 
+def check_split(split, conflict_ratio):
+    "Raise `ValueError` for an unknown split and for a ratio that is no share."
+    if split not in SPLITS: raise ValueError(f"split is {split!r}; expected one of {SPLITS}")
+    check_ratio(conflict_ratio)
+
+
+def biased_split(y, split, conflict_ratio, seed):
+    """Which images make up `split` (int array), their bias attributes (int array), the generator that drew them.
+
+    `y`: targets (int array) of all images there are, for training and validation or for the test.
+    """
+    chosen = np.arange(len(y))
+    if split != "test":
+        order = np.random.default_rng(seed).permutation(len(y))
+        chosen = order[VALID_SIZE:] if split == "train" else order[:VALID_SIZE]
+    rng = np.random.default_rng([seed, round(conflict_ratio * 1e6), SPLITS.index(split)])
+    return chosen, assign_attributes(y[chosen], UNIFORM if split == "test" else conflict_ratio, 10, rng), rng
+
+
 def colored_mnist(root, split, *, conflict_ratio, severity=4, seed=0):
     """One split of Colored MNIST as a `BiasedDataset`,
-    from the MNIST files under `root` (see `sources.fetch_mnist`).
+    from the MNIST files under `root` (see `sources.fetch`).
 
     Deterministic in (`seed`, `conflict_ratio`, `split`).
     Raises `ValueError` for an unknown split, ratio or severity.
     """
-    if split not in SPLITS: raise ValueError(f"split is {split!r}; expected one of {SPLITS}")
-    check_ratio(conflict_ratio)
+    check_split(split, conflict_ratio)
     mnist = load_torchvision().datasets.MNIST(root, train=split != "test")
     grey, y = mnist.data.numpy(), mnist.targets.numpy()
-    if split != "test":
-        order = np.random.default_rng(seed).permutation(len(y))
-        chosen = order[VALID_SIZE:] if split == "train" else order[:VALID_SIZE]
-        grey, y = grey[chosen], y[chosen]
-    rng = np.random.default_rng([seed, round(conflict_ratio * 1e6), SPLITS.index(split)])
-    a = assign_attributes(y, UNIFORM if split == "test" else conflict_ratio, 10, rng)
-    return BiasedDataset(*map(torch.from_numpy, (colour(grey, a, severity, rng), y, a)))
+    chosen, a, rng = biased_split(y, split, conflict_ratio, seed)
+    return BiasedDataset(*map(torch.from_numpy, (colour(grey[chosen], a, severity, rng), y[chosen], a)))
 
 # %% ../nbs/01_data.ipynb #8712edac
 def examples(data, per_class=1):
@@ -136,6 +151,41 @@ def examples(data, per_class=1):
                                   & (data.is_conflicting == conflicting)).flatten()[:per_class]
             picture[row:row + len(found), target] = data.x[found]
     return picture.permute(0, 3, 1, 4, 2).reshape(2 * per_class * h, -1, c).numpy()
+
+# %% ../nbs/01_data.ipynb #c1fb0002
+def read_cifar10(folder, train):
+    """CIFAR-10's images (uint8, N×32×32×3) and targets (int64, N) from `folder` (see `sources.fetch`).
+
+    Raises `FileNotFoundError` for a missing file, `ValueError` for one that was cut short.
+    """
+    rows = []
+    for name in [name for name in CIFAR10 if name.startswith("data") == train]:
+        path = Path(folder) / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: "
+                                    f"`python -m rest_nb fetch CIFAR10 {path.parents[1]}` brings it")
+        rows.append(np.fromfile(path, np.uint8))
+        if len(rows[-1]) % 3073: raise ValueError(f"{path} is cut short: {len(rows[-1])} bytes, 3,073 an image")
+    rows = np.concatenate(rows).reshape(-1, 3073)
+    return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0].astype(np.int64)
+
+# %% ../nbs/01_data.ipynb #c1fb0006
+def corrupted_cifar10(root, split, *, conflict_ratio, severity=5, corruptions=DISENT, seed=0):
+    """One split of Corrupted CIFAR-10 as a `BiasedDataset`, from the files of CIFAR10 and frost under `root`
+    (see `sources.fetch`). `corruptions`: for each of the ten classes a key of `corruptions.CORRUPTIONS`.
+
+    Deterministic in (`seed`, `conflict_ratio`, `split`).
+    Raises `ValueError` for an unknown split, ratio, severity or corruption,
+    `FileNotFoundError` where files are missing.
+    """
+    check_split(split, conflict_ratio)
+    if len(corruptions) != 10: raise ValueError(f"corruptions are {len(corruptions)}; expected 10, one a class")
+    textures = read_textures(Path(root) / "frost") if "frost" in corruptions else ()
+    images, y = read_cifar10(Path(root) / "CIFAR10", split != "test")
+    chosen, a, rng = biased_split(y, split, conflict_ratio, seed)
+    x = corrupt(images[chosen], np.array(corruptions)[a], severity, int(rng.integers(2 ** 63)), textures)
+    x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    return BiasedDataset(*map(torch.from_numpy, (x, y[chosen], a)))
 
 # %% ../nbs/01_data.ipynb #9647763e
 def save(path, sets):
