@@ -41,13 +41,14 @@ def sets(root, setting):
 
 def build(root, config):
     "The data set of a configuration, {split: BiasedDataset}."
-    from rest_nb import data
+    from rest_nb.data import SPLITS, colored_mnist
+    from rest_nb.objects import corrupted_cifar10
     how = dict(conflict_ratio=config.conflict_ratio, seed=config.data_seed)
     if config.dataset.startswith("utkface"):
         from rest_nb.faces import utkface
         return utkface(size=config.images.size, **how)
-    made, home = {"cmnist": ("colored_mnist", "data"), "cifar10c": ("corrupted_cifar10", "raw_objects")}[config.dataset]
-    return {split: getattr(data, made)(root / home, split, severity=config.severity, **how) for split in data.SPLITS}
+    made, home = {"cmnist": (colored_mnist, "data"), "cifar10c": (corrupted_cifar10, "raw_objects")}[config.dataset]
+    return {split: made(root / home, split, severity=config.severity, **how) for split in SPLITS}
 
 
 def compile(root):

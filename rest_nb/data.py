@@ -2,8 +2,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SIGMA', 'SPLITS', 'VALID_SIZE', 'UNIFORM', 'BiasedDataset', 'check_ratio', 'assign_attributes', 'colour',
-           'check_split', 'biased_split', 'colored_mnist', 'examples', 'read_cifar10', 'corrupted_cifar10', 'save',
-           'load']
+           'check_split', 'biased_split', 'colored_mnist', 'examples', 'save', 'load']
 
 # %% ../nbs/01_data.ipynb #4f9bde87
 import io
@@ -15,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .corruptions import DISENT, corrupt, read_textures
-from .sources import CIFAR10, load_torchvision
+from .sources import load_torchvision
 
 # %% ../nbs/01_data.ipynb #37084d98
 @dataclass(frozen=True, eq=False)
@@ -151,41 +149,6 @@ def examples(data, per_class=1):
                                   & (data.is_conflicting == conflicting)).flatten()[:per_class]
             picture[row:row + len(found), target] = data.x[found]
     return picture.permute(0, 3, 1, 4, 2).reshape(2 * per_class * h, -1, c).numpy()
-
-# %% ../nbs/01_data.ipynb #c1fb0002
-def read_cifar10(folder, train):
-    """CIFAR-10's images (uint8, N×32×32×3) and targets (int64, N) from `folder` (see `sources.fetch`).
-
-    Raises `FileNotFoundError` for a missing file, `ValueError` for one that was cut short.
-    """
-    rows = []
-    for name in [name for name in CIFAR10 if name.startswith("data") == train]:
-        path = Path(folder) / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: "
-                                    f"`python -m rest_nb fetch CIFAR10 {path.parents[1]}` brings it")
-        rows.append(np.fromfile(path, np.uint8))
-        if len(rows[-1]) % 3073: raise ValueError(f"{path} is cut short: {len(rows[-1])} bytes, 3,073 an image")
-    rows = np.concatenate(rows).reshape(-1, 3073)
-    return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0].astype(np.int64)
-
-# %% ../nbs/01_data.ipynb #c1fb0006
-def corrupted_cifar10(root, split, *, conflict_ratio, severity=5, corruptions=DISENT, seed=0):
-    """One split of Corrupted CIFAR-10 as a `BiasedDataset`, from the files of CIFAR10 and frost under `root`
-    (see `sources.fetch`). `corruptions`: for each of the ten classes a key of `corruptions.CORRUPTIONS`.
-
-    Deterministic in (`seed`, `conflict_ratio`, `split`).
-    Raises `ValueError` for an unknown split, ratio, severity or corruption,
-    `FileNotFoundError` where files are missing.
-    """
-    check_split(split, conflict_ratio)
-    if len(corruptions) != 10: raise ValueError(f"corruptions are {len(corruptions)}; expected 10, one a class")
-    textures = read_textures(Path(root) / "frost") if "frost" in corruptions else ()
-    images, y = read_cifar10(Path(root) / "CIFAR10", split != "test")
-    chosen, a, rng = biased_split(y, split, conflict_ratio, seed)
-    x = corrupt(images[chosen], np.array(corruptions)[a], severity, int(rng.integers(2 ** 63)), textures)
-    x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    return BiasedDataset(*map(torch.from_numpy, (x, y[chosen], a)))
 
 # %% ../nbs/01_data.ipynb #9647763e
 def save(path, sets):

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 import yaml
 
-from rest_nb.experiments import CODE, read_params
+from rest_nb.experiments import CODE, read_params, settings_of
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = {re.search(r"#\| default_exp (\S+)", nb.read_text())[1].split("\\n")[0].rstrip('",'): nb
@@ -54,22 +54,37 @@ def test_import_rest_nb_is_light():
 def stages(): return yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
-@pytest.mark.parametrize("budget", ["quick", "cpu"])
+def rows_stage(budget):
+    "Faces have a pipeline of their own."
+    if budget == "faces": return yaml.safe_load((ROOT / "runs" / "faces" / "dvc.yaml").read_text())["stages"]["rows"]
+    return stages()[f"{budget}-rows"]
+
+
+@pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces"])
 def test_rows_depend_on_the_modules_they_use_and_no_others(budget):
-    deps = set(stages()[f"{budget}-rows"]["deps"])
+    deps = set(rows_stage(budget)["deps"])
     assert {d for d in deps if d.startswith("rest_nb/")} == {f"rest_nb/{m}.py" for m in (*CODE, "notebooks")}
     assert deps - {f"rest_nb/{m}.py" for m in (*CODE, "notebooks")} == {"nbs/11_row.ipynb", "sets/${item.setting}.npz"}
 
 
-@pytest.mark.parametrize("budget", ["quick", "cpu"])
+@pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces"])
 def test_stages_are_the_rows_of_params(budget):
-    params, matrix = read_params(ROOT / "params.yaml"), stages()[f"{budget}-rows"]["matrix"]
-    assert matrix == dict(setting=list(params["settings"]), method=list(params["methods"]))
+    params, stage = read_params(ROOT / "params.yaml"), rows_stage(budget)
+    assert stage["matrix"] == dict(setting=settings_of(params, budget), method=list(params["methods"]))
+    assert f"row {budget} " in stage["cmd"] and f"budgets.{budget}" in stage["params"]
+
+
+def test_no_face_is_in_git():
+    "Neither the set nor a picture of it; counts may be."
+    held = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    assert not [path for path in held if path.startswith("sets/") or re.search(r"(utkface|faces?)\S*\.(png|jpe?g|zip|npz)$", path)]
+    for notebook in (ROOT / "runs" / "faces").rglob("*.ipynb"): assert "imshow" not in notebook.read_text()
 
 
 def test_quick_is_cached_and_cpu_is_in_git():
     assert all(isinstance(out, str) for out in stages()["quick-rows"]["outs"])
-    assert all(list(out.values()) == [{"cache": False}] for out in stages()["cpu-rows"]["outs"])
+    for budget in ("cpu", "objects", "faces"):
+        assert all(list(out.values()) == [{"cache": False}] for out in rows_stage(budget)["outs"])
     kept = subprocess.run(["git", "check-ignore", "runs/quick/x", "runs/cpu/x"], cwd=ROOT, capture_output=True, text=True).stdout
     assert kept.split() == ["runs/quick/x"]
 
