@@ -73,3 +73,34 @@ def test_bar():
     table = results.bar_table(made_up, {("CNN", "0.01"): {"dense fp32": 4, "dense bf16": 3}})
     assert table.reached.tolist() == ["yes", "no"] and table.measured.tolist() == ["4.0×", "2.0×"]
     with pytest.raises(FileNotFoundError, match="make speed"): results.load_speed("/nowhere")
+
+
+def once(runs, rounds=None):
+    "In the place of `alternate`: everybody runs, and takes a second."
+    for run in runs.values(): run()
+    return dict.fromkeys(runs, 1.)
+
+
+def test_limits_by_hand(monkeypatch):
+    "A product of two 2048² matrices is 2 · 2048³ FLOPs; copying 2²⁵ floats reads and writes 4 bytes of each."
+    monkeypatch.setattr(speed, "alternate", once)
+    assert speed.limits() == dict(flops=2 ** 34, bandwidth=2 ** 28)
+
+
+def test_growth_has_a_figure_for_every_value(monkeypatch):
+    asked = []
+    monkeypatch.setattr(speed, "training_step", lambda network, kind, batch, **size: lambda: asked.append((network, kind, batch, size)))
+    monkeypatch.setattr(speed, "alternate", once)
+    found = speed.growth(density=.03)
+    assert {what: [*values] for what, values in found.items()} == dict(
+        batch=["64", "128", "256", "512"], width=["32", "64", "128"], density=["0.01", "0.02", "0.05", "0.1", "0.2"])
+    assert ("CNN", .03, 64, {}) in asked and ("CNN", .03, 256, dict(width=128)) in asked and ("CNN", .2, 256, {}) in asked
+
+
+def test_an_epoch_sees_every_image_once(monkeypatch):
+    "25 images in batches of 10 are three steps; three more warm up."
+    from rest_nb.experiments import Config
+    steps, real = [], speed.train_step
+    monkeypatch.setattr(speed, "train_step", lambda *args, **how: steps.append(args[3]) or real(*args, **how))
+    config = Config(width=4, batch_size=10, steps=20, sparsity="rigl", density=.3)
+    assert speed.epoch_seconds(config, speed.noise("CNN", 25)) > 0 and len(steps) == 6
