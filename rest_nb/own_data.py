@@ -165,14 +165,15 @@ def read_labels(path):
                              skipinitialspace=True, skip_blank_lines=False, low_memory=False)
     except OSError as error: raise type(error)(f"{path}: {error.strerror}; {want}") from None
     except ValueError as error: raise ValueError(f"{path}: {' '.join(str(error).split())}; {want}") from None
-    if not isinstance(table.index, pd.RangeIndex): raise ValueError(f"{path}: too many values in a row; {want}")
+    if not isinstance(table.index, pd.RangeIndex): raise ValueError(f"{path}: rows are too long; {want}")
     table = table.set_axis(table.index + 2).dropna(how="all")  # line 1 holds the names
     for name in COLUMNS[:2]:
         if name not in table: raise ValueError(f"{path} has no {name!r}, only {', '.join(table)}; {want}")
     for name in table:
         if name not in COLUMNS:
-            near = "".join(f", did you mean {n!r}?" for n in difflib.get_close_matches(name.lower(), COLUMNS, 1))
-            raise ValueError(f"{path} has an unknown column {name!r}{near or ';'} {want}")
+            near = difflib.get_close_matches(name.lower(), COLUMNS, 1)
+            hint = f", did you mean {near[0]!r}?" if near else ";"
+            raise ValueError(f"{path} has an unknown column {name!r}{hint} {want}")
         for line in table.index[table[name].isna()]:
             raise ValueError(f"{path}, line {line}: no {name}; expected a value in each row")
     for line in table.index[table.file.duplicated()]:
@@ -196,7 +197,7 @@ def from_folder(folder, csv="labels.csv", *, size=None, aligned=None):
         for line in table.index[~table.split.isin(SPLITS)]:
             raise ValueError(f"{path}, line {line}: split is {table.split[line]!r}; expected {expected}")
         for name in SPLITS:
-            if name not in set(table.split): raise ValueError(f"{path} has no split {name!r}; expected {expected}")
+            if not (table.split == name).any(): raise ValueError(f"{path}: no split {name!r}; expected {expected}")
     for line, name in table.file.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{path}, line {line}: {folder / name} is no file; expected an image")
