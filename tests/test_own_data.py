@@ -335,6 +335,11 @@ def test_spaces_after_commas_and_blank_lines_do_no_harm(folder):
     assert from_folder(folder).classes == ("cat", "dog") and [*read_labels(folder / "labels.csv").columns] == ["file", "y", "a"]
 
 
+def test_lines_are_counted_as_an_editor_counts_them(folder):
+    (folder / "labels.csv").write_text("file,y\n0.png,cat\n\n1.png,\n")
+    with pytest.raises(ValueError, match="line 4: no y"): from_folder(folder)
+
+
 def test_a_table_may_hold_the_splits(folder, capsys):
     table = folder.write(split=["test"] * 3 + ["train"] * 6 + ["valid"] * 3)
     sets = from_folder(folder)
