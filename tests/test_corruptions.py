@@ -398,6 +398,7 @@ def test_elastic_moves_no_further_than_it_may(severity):
         expected = strength / 3 ** .5 * (weights ** 2).sum()
         assert abs(inner.std() / expected - 1) < .05
     assert np.abs(moved).max() > 0 or strength == 0
+    assert np.allclose(elastic(np.ones((9, 32, 32, 3)), at("elastic", severity), rngs(9)), 1)  # no dark corners
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
