@@ -44,11 +44,13 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Bring the stored long study, its page and the README's table up to date (up to 30 minutes)
-	dvc repro cpu
+study: install ## Bring the stored long studies, their pages and the README's table up to date (up to an hour)
+	dvc repro cpu objects
+	$(if $(REST_NB_FACES),dvc repro runs/faces/dvc.yaml:faces)
 	$(RUN) page cpu
+	$(RUN) page objects
 
-speed: install ## Time dense, masked and compact networks on this machine (5 minutes, nothing else running)
+speed: install ## Time networks, and the making of batches, on this machine (7 minutes, nothing else running)
 	$(RUN) speed
 	$(RUN) rerun nbs/21_speed.ipynb
 

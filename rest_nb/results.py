@@ -4,7 +4,7 @@
 __all__ = ['GROUPS', 'METHOD_COLOURS', 'MARKS', 'SETS', 'BUDGETS', 'load_rows', 'accuracies', 'histories', 'percent', 'table',
            'load_seconds', 'paired_difference', 'differences', 'accuracy_figure', 'learning_figure', 'turning_points',
            'examples_figure', 'counts', 'all_rows', 'readme_table', 'with_table', 'load_speed', 'speed_ratios',
-           'speed_figure', 'bar_table', 'layers_table']
+           'speed_figure', 'bar_table', 'layers_table', 'assembly_table']
 
 # %% ../nbs/0c_results.ipynb #d696110b
 from pathlib import Path
@@ -257,3 +257,13 @@ def layers_table(lines):
     limit = t[["flops", "bytes"]].max(axis=1)
     return pd.DataFrame(dict(weights=t.weights, ms=1000 * t.seconds, flops=1000 * t.flops, bytes=1000 * t.bytes,
                              binds=t[["flops", "bytes"]].idxmax(axis=1), of_limit=limit / t.seconds))
+
+# %% ../nbs/0c_results.ipynb #dd854461
+def assembly_table(root):
+    """Milliseconds of assembling a batch, a line for each way, a column for each size (pixels a side);
+    and how many times as long as `channels_last` it takes.
+    """
+    stored = read_json(Path(root) / "runs" / "speed" / "assembly.json")
+    if stored is None: raise FileNotFoundError(f"{root}/runs/speed/assembly.json is missing: `make speed` makes it")
+    ms = 1000 * pd.DataFrame(stored["seconds"])
+    return pd.concat({"ms": ms.round(2), "times": (ms / ms.loc["channels_last"]).round(1)}, axis=1)

@@ -104,3 +104,11 @@ def test_an_epoch_sees_every_image_once(monkeypatch):
     monkeypatch.setattr(speed, "train_step", lambda *args, **how: steps.append(args[3]) or real(*args, **how))
     config = Config(width=4, batch_size=10, steps=20, sparsity="rigl", density=.3)
     assert speed.epoch_seconds(config, speed.noise("CNN", 25)) > 0 and len(steps) == 6
+
+
+def test_assembly_table_by_hand(tmp_path):
+    (tmp_path / "runs" / "speed").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="make speed"): results.assembly_table(tmp_path)
+    (tmp_path / "runs" / "speed" / "assembly.json").write_text('{"seconds": {"32": {"channels_last": 0.002, "torchvision, 0 workers": 0.05}}}')
+    table = results.assembly_table(tmp_path)
+    assert table["ms", "32"].tolist() == [2, 50] and table["times", "32"].tolist() == [1, 25]
