@@ -28,8 +28,9 @@ def sets(root, setting):
     params = read_params(root / "params.yaml")
     if setting not in params["settings"]:
         raise ValueError(f"params.yaml has no {setting!r} in settings; expected one of {', '.join(params['settings'])}")
-    config = next(config for budget in params["budgets"]
-                  for (name, _), config in rows(params, budget).items() if name == setting)
+    config = next((config for budget in params["budgets"]
+                   for (name, _), config in rows(params, budget).items() if name == setting), None)
+    if config is None: raise ValueError(f"params.yaml has no budget with {setting!r} among its settings; add it to one")
     built = build(root, config)
     save(root / "sets" / f"{setting}.npz", built)
     write_json(root / "runs" / "sets" / f"{setting}.json",

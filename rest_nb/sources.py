@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['MNIST', 'CIFAR10', 'FROST', 'RAW', 'load_torchvision', 'SourceError', 'sha256', 'verify', 'copies', 'read_batch',
-           'check_md5', 'translated', 'RawSet', 'from_folder', 'from_mirrors', 'from_registry', 'progress', 'fetch',
-           'one_line']
+           'check_md5', 'unpack', 'translated', 'RawSet', 'from_folder', 'from_mirrors', 'from_registry', 'progress',
+           'fetch', 'one_line']
 
 # %% ../nbs/00_sources.ipynb #11eecb54
 import contextlib, gzip, hashlib, io, json, os, pickle, shutil, socket, subprocess, sys, tarfile
@@ -118,6 +118,16 @@ def check_md5(path, expected):
         raise SourceError(f"{path.name} has the wrong checksum: md5 {found}, expected {expected}")
 
 # %% ../nbs/00_sources.ipynb #c1fa000a
+def unpack(archive, into):
+    """Unpack a .tar.gz or a wheel whose hash is known.
+
+    That needs no filter; but later Pythons warn without one, and those before 3.11.4 know none.
+    """
+    is_tar = archive.suffix != ".whl"
+    safely = dict(filter="data") if is_tar and hasattr(tarfile, "data_filter") else {}
+    shutil.unpack_archive(archive, into, "gztar" if is_tar else "zip", **safely)
+
+
 def translated(home, into, files):
     """Put CIFAR-10's batches as its binary version has them into `into`, from any edition below `home`:
     `cifar-10-python.tar.gz`, its content, npm's PNG files, or `files` themselves."""
@@ -125,7 +135,7 @@ def translated(home, into, files):
     for archive in sorted(home.rglob("cifar-10-python.tar.gz"))[:1]:
         check_md5(archive, load_torchvision().datasets.CIFAR10.tgz_md5)
         home = into / "unpacked"
-        shutil.unpack_archive(archive, home, "gztar", filter="data")
+        unpack(archive, home)
     for name in files:
         stem = name.removesuffix(".bin")
         found = [p for ending in ("", ".png") for p in sorted(home.rglob(stem + ending)) if p.is_file()]
@@ -198,10 +208,7 @@ def from_registry(name, inbox, timeout=900):
     archive = next((path for path in inbox.iterdir() if path.is_file()), None)
     if archive is None: raise SourceError(f"{told} left no archive")
     if sha256(archive) != expected: raise SourceError(f"{archive.name} has the wrong checksum")
-    # whose hash is known needs no filter, but later Pythons warn without one, and those before 3.11.4 know none
-    is_tar = archive.suffix != ".whl"
-    safely = dict(filter="data") if is_tar and hasattr(tarfile, "data_filter") else {}
-    shutil.unpack_archive(archive, inbox / "package", "gztar" if is_tar else "zip", **safely)
+    unpack(archive, inbox / "package")
     return inbox / "package"
 
 # %% ../nbs/00_sources.ipynb #c1fa0012

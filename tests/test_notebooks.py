@@ -358,6 +358,9 @@ def test_sets_are_built_as_params_say(project, monkeypatch, capsys):
     study = copy.deepcopy(STUDY)
     study["settings"]["mine"] = dict(conflict_ratio=.25, severity=2, data_seed=7, upweight=3)
     (project / "params.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    assert main(["sets", "mine"]) == 1 and "no budget with 'mine' among its settings" in capsys.readouterr().err
+    study["budgets"]["tiny"]["settings"].append("mine")
+    (project / "params.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     asked, made = [], {}
 
     def stand_in(root, split, **knobs):
