@@ -18,7 +18,7 @@ from . import sparse
 from .batches import assemble
 from .cost import alternate
 from .data import BiasedDataset
-from .masks import RigL, StaticSparse
+from .masks import StaticSparse
 from .models import cnn, resnet18
 from .training import logits_of, train_step
 

