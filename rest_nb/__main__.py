@@ -24,7 +24,8 @@ def sets(root, setting):
     "Build the data set of SETTING: sets/SETTING.npz, and its counts and, but for faces, example images under runs/sets."
     from PIL import Image
     from rest_nb.data import examples, save
-    from rest_nb.experiments import read_params, rows, write_json
+    from rest_nb.configs import read_params, rows
+    from rest_nb.experiments import write_json
     params = read_params(root / "params.yaml")
     if setting not in params["settings"]:
         raise ValueError(f"params.yaml has no {setting!r} in settings; expected one of {', '.join(params['settings'])}")
@@ -56,15 +57,16 @@ def compile(root):
     "Compile the kernels of compact layers and leave them in Numba's cache."
     import torch
     from rest_nb.data import BiasedDataset
-    from rest_nb.experiments import Config, run_seed
+    from rest_nb.configs import Config
+    from rest_nb.experiments import run_seed
     noise = BiasedDataset(torch.randint(0, 256, (40, 3, 28, 28)).byte(), torch.arange(40) % 10, torch.arange(40) // 4)
-    run_seed(Config(sparsity="rigl", reweighting="sample", width=8, batch_size=16, steps=4, eval_every=2), 0,
+    run_seed(Config(sparsity="masks.RigL", reweighting="reweighting.sample", width=8, batch_size=16, steps=4, eval_every=2), 0,
              lambda split: noise)
 
 
 def row(root, budget, setting, method):
     "Train and test one row of the study: runs/BUDGET/rows/SETTING-METHOD.ipynb and .json."
-    from rest_nb.experiments import configure, read_params
+    from rest_nb.configs import configure, read_params
     check(root)
     configure(read_params(root / "params.yaml"), budget, setting, method)
     # A process that compiles kernels rounds a last digit otherwise than one that loads them: so rows always load.
@@ -75,9 +77,9 @@ def row(root, budget, setting, method):
 
 def seconds(root, budget):
     "Time a step of each method, taking turns, on a BUDGET's first setting: runs/BUDGET/seconds/steps.json."
-    from rest_nb.experiments import read_params, settings_of
+    from rest_nb.configs import named, read_params
     execute(root / "nbs" / "12_seconds.ipynb", root / "runs" / budget / "seconds" / "steps.ipynb",
-            budget=budget, setting=settings_of(read_params(root / "params.yaml"), budget)[0])
+            budget=budget, setting=named(read_params(root / "params.yaml"), budget, "settings")[0])
 
 
 def speed(root):
@@ -123,7 +125,7 @@ def show(root, budget):
 
 def check(root):
     "Check every configuration that params.yaml can make."
-    from rest_nb.experiments import read_params, rows
+    from rest_nb.configs import read_params, rows
     params = read_params(root / "params.yaml")
     for budget in params["budgets"]: rows(params, budget)
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .batches import LAYOUTS, assemble
 from .cost import alternate
-from .sources import load_torchvision
+from .shim import load_torchvision
 
 # %% ../nbs/0f_assembly.ipynb #9d8c9352
 class OneByOne(Dataset):

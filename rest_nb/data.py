@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .sources import load_torchvision
+from .shim import load_torchvision
 
 # %% ../nbs/01_data.ipynb #37084d98
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from .experiments import read_json, read_params, settings_of
+from .configs import named, read_params
+from .experiments import read_json
 from .metrics import over_seeds
 
 # %% ../nbs/0c_results.ipynb #3b893375
@@ -23,8 +24,8 @@ def load_rows(root, budget):
     Raises `FileNotFoundError`, naming the first that is missing.
     """
     params, rows = read_params(Path(root) / "params.yaml"), {}
-    for setting in settings_of(params, budget):
-        for method in params["methods"]:
+    for setting in named(params, budget, "settings"):
+        for method in named(params, budget, "methods"):
             path = Path(root) / "runs" / budget / "rows" / f"{setting}-{method}.json"
             rows[setting, method] = read_json(path)
             if rows[setting, method] is None:

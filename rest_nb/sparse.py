@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from . import kernels
 from .kernels import run
-from .masks import LAYERS, draw, erk, maskable
+from .masks import LAYERS, erk, first_masks, maskable
 
 # %% ../nbs/04_sparse.ipynb #cdcedbbb
 def forward_taps(size, out, kernel, stride, padding, dilation):
@@ -420,16 +420,16 @@ def followers(model):
             yield conv, norm, relu if passes else None
 
 # %% ../nbs/04_sparse.ipynb #69f2348e
-def sparsify(model, density, *, distribution=erk, seed=0):
+def sparsify(model, density=None, *, distribution=erk, seed=0, masks=None):
     """Store the convolutions and linear layers of `model` sparse, in place,
-    at random positions drawn as `StaticSparse` draws its masks.
+    at random positions drawn as `StaticSparse` draws its masks, or at those of given `masks`.
 
     Returns the model; make the optimizer afterwards, and replace no module of it before `densify`.
-    Raises `ValueError`, naming the layer, for what cannot be stored sparse, and as `keep_counts` does.
+    Raises `ValueError`, naming the layer, for what cannot be stored sparse, and as `masks.first_masks` does.
     """
     refuse(model)
     weights = maskable(model)
-    masks = draw(weights, density, distribution, torch.Generator().manual_seed(seed))
+    masks = first_masks(weights, density, distribution, seed, masks)
     masks = {weight: masks[name] for name, weight in weights.items()}
     new, chains = {}, list(followers(model))
     for layer in model.modules():

@@ -129,8 +129,8 @@ def layer_times(network, density, machine, batch=256, rounds=20):
 # %% ../nbs/0e_speed.ipynb #2a1caa0b
 def epoch_seconds(config, data):
     "Seconds of one epoch of training by `config` (an `experiments.Config`) on `data`."
-    from rest_nb.experiments import prepare
-    setup = prepare(config, 0, data)
+    from rest_nb.experiments import Run
+    setup = Run(config, 0, data).prepare()
     batches, scheduler = list(setup.pop("batches")), setup.pop("scheduler")
     model, optimizer, train = (setup.pop(name) for name in ("model", "optimizer", "train"))
     for index in batches[:3]: train_step(model, optimizer, train, index, **setup)

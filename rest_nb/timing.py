@@ -5,29 +5,23 @@ __all__ = ['stepper', 'with_update', 'time_methods']
 
 # %% ../nbs/0b_timing.ipynb #aea7f5f7
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
 
 from . import masks
 from .batches import assemble
+from .configs import configure, named, read_params
 from .cost import alternate
 from .data import load
-from .experiments import configure, machine, prepare, read_params, write_json
-from .training import train_step
+from .experiments import Run, machine, write_json
+from .training import steps
 
 # %% ../nbs/0b_timing.ipynb #ede7b555
-def stepper(model, optimizer, train, batches, scheduler, **step):
-    """A function that does the next training step, as `training.fit` does.
-
-    Takes what `experiments.prepare` gives.
-    """
-    batches = iter(batches)
-
-    def run():
-        train_step(model, optimizer, train, next(batches), **step)
-        scheduler.step()
-    return run
+def stepper(setup):
+    "A function that does the next training step, as `training.fit` does. `setup`: what `Run.prepare` gives."
+    return functools.partial(next, steps(**setup))
 
 
 def with_update(run, method):
@@ -52,11 +46,11 @@ def time_methods(root, budget, setting, rounds=20):
     """
     params = read_params(Path(root) / "params.yaml")
     train, contestants, configs = load(Path(root) / "sets" / f"{setting}.npz", "train"), {}, {}
-    for method in params["methods"]:
+    for method in named(params, budget, "methods"):
         config = configs[method] = configure(params, budget, setting, method)
         timed = 4 * rounds + 20  # more steps than will be taken, and no mask update among them
-        setup = prepare(dataclasses.replace(config, steps=timed, eval_every=timed, delta_t=timed), 0, train)
-        contestants[method] = stepper(**setup)
+        setup = Run(dataclasses.replace(config, steps=timed, eval_every=timed, delta_t=timed), 0, train).prepare()
+        contestants[method] = stepper(setup)
         for hook in setup["hooks"]:
             if isinstance(hook, masks.SET): contestants[method, "update"] = with_update(contestants[method], hook)
     index, generator = torch.randperm(len(train))[:config.batch_size], torch.Generator()

@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 
 from rest_nb import kernels
 from rest_nb.batches import CIFAR, FACES, LAYOUTS, PLAIN, Transform, assemble, moves
-from rest_nb.sources import load_torchvision
+from rest_nb.shim import load_torchvision
 from rest_nb.sparse import batch_last
 
 load_torchvision()

@@ -19,7 +19,7 @@ from rest_nb import cost
 from rest_nb.cost import alternate, forward_flops, layer_costs, parameters, peak_memory, training_flops
 from rest_nb.masks import StaticSparse, erk, maskable
 from rest_nb.models import cnn
-from rest_nb.sources import load_torchvision
+from rest_nb.shim import load_torchvision
 
 relaxed = settings(max_examples=100, deadline=None, derandomize=True)
 

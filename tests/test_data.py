@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 from rest_nb import data
 from rest_nb.data import BiasedDataset, assign_attributes, colored_mnist, examples, load, save
-from rest_nb.sources import load_torchvision
+from rest_nb.shim import load_torchvision
 
 ROOT = Path(__file__).parents[1]
 SPLITS = {"train": 55_000, "valid": 5_000, "test": 10_000}

@@ -49,7 +49,7 @@ def split_of(config, n=200):
     return split
 
 
-BASE = Config(conflict_ratio=.1, upweight=10, sparsity="rigl", reweighting="sample", density=.3, storage="masked", width=4,
+BASE = Config(conflict_ratio=.1, upweight=10, sparsity="masks.RigL", reweighting="reweighting.sample", density=.3, storage="masked", width=4,
               lr=.05, batch_size=16, precision="fp32", steps=8, eval_every=4, seeds=(1,))  # masks: at 2, 4
 
 
@@ -61,7 +61,7 @@ def outcome(config):
 
 # --- knobs -----------------------------------------------------------------------------------------------
 
-ANOTHER = dict(dataset="cifar10c", network="resnet18", conflict_ratio=.3, severity=1, data_seed=1, upweight=30, sparsity="set", reweighting="loss",
+ANOTHER = dict(dataset="cifar10c", network="resnet18", conflict_ratio=.3, severity=1, data_seed=1, upweight=30, sparsity="masks.SET", reweighting="reweighting.weigh",
                density=.2, storage="compact", distribution="uniform", delta_t=3, t_end=1.0, drop_fraction=.3, width=5, lr=.02,
                momentum=.5, weight_decay=.1, batch_size=20, precision="bf16", steps=12, eval_every=2,
                seeds=(2,))
@@ -149,8 +149,8 @@ STUDY = dict(
                 weight_decay=0.0, precision="fp32"),
     settings=dict(blobs=dict(dataset="cmnist", network="cnn", conflict_ratio=.2, severity=4, data_seed=0, upweight=10),
                   rare=dict(dataset="cmnist", network="cnn", conflict_ratio=.1, severity=4, data_seed=0, upweight=20)),
-    methods=dict(copy.deepcopy(STORED["methods"]), SET=dict(sparsity="set", reweighting="none"),
-                 Static=dict(sparsity="static", reweighting="none")),
+    methods=dict(copy.deepcopy(STORED["methods"]), SET=dict(sparsity="masks.SET", reweighting="none"),
+                 Static=dict(sparsity="masks.StaticSparse", reweighting="none")),
     budgets=dict(tiny=dict(batch_size=16, steps=4, eval_every=2, delta_t=1, seeds=[1, 2])))  # masks: at 1, 2
 
 
@@ -266,11 +266,11 @@ def test_a_budget_may_be_for_some_settings_only():
 @pytest.mark.parametrize("dataset, network, size, classes", [("cifar10c", "resnet18", 32, 10), ("utkface-64", "resnet18-cifar", 64, 2)])
 def test_a_row_of_another_set_and_network(dataset, network, size, classes):
     "The network has the set's classes and costs what its size says; images are moved in training, not in testing."
-    config = Config(dataset=dataset, network=network, severity=5 if dataset == "cifar10c" else 0, sparsity="rigl", reweighting="sample",
+    config = Config(dataset=dataset, network=network, severity=5 if dataset == "cifar10c" else 0, sparsity="masks.RigL", reweighting="reweighting.sample",
                     width=4, density=.1, batch_size=16, steps=4, eval_every=2, delta_t=2)
     y = torch.arange(40) % classes
     noise = BiasedDataset(torch.randint(0, 256, (40, 3, size, size)).byte(), y, y.roll(1), classes)
-    setup = prepare(config, 0, noise)
+    setup = Run(config, 0, noise).prepare()
     assert setup["model"].fc.shape == (classes, 32)
     seen = [setup["inputs"](noise.x, torch.tensor([3, 3]), generator=setup["generator"]) for _ in range(6)]
     assert len({image.numpy().tobytes() for pair in seen for image in pair}) > 1 and seen[0].stride(0) == 1
@@ -278,7 +278,7 @@ def test_a_row_of_another_set_and_network(dataset, network, size, classes):
     mean, std = (torch.tensor(v)[:, None, None] for v in ([.4914, .4822, .4465], [.2023, .1994, .2010]))
     assert torch.equal(still[0], (noise.x[3].float() / 255 - mean) / std)
     result, _ = run_seed(config, 1, lambda split: noise)
-    assert result["updates"] == 1 and result["last"]["unbiased_n"] == 40
+    assert result["spent"]["updates"] == 1 and result["last"]["unbiased_n"] == 40
     counted = cost(config, 0)
     macs = {"resnet18": 16, "resnet18-cifar": 64}[network] ** 2 * 3 * 4 * {"resnet18": 49, "resnet18-cifar": 9}[network]  # of the stem
     assert counted["dense_flops"] > 2 * macs
@@ -335,7 +335,7 @@ def small(method, **changes):
 def test_sparse_rows_keep_exactly_the_density_and_dense_rows_all(method, kept):
     # 4·3·16 + 8·4·16 + 16·8·16 + 10·16 = 2912 weights; round(0.3 × 2912) = 874.
     config = small(method, storage="masked")
-    setup = prepare(config, 3, split_of(config)("train"))
+    setup = Run(config, 3, split_of(config)("train")).prepare()
     weights = maskable(setup["model"])
 
     def count():
@@ -352,7 +352,7 @@ def test_both_storages_start_and_end_alike(method):
     ends = []
     for storage in experiments.STORAGE:
         config = small(method, storage=storage, precision="fp32", momentum=0.)
-        setup = prepare(config, 3, split_of(config)("train"))
+        setup = Run(config, 3, split_of(config)("train")).prepare()
         hook, = setup["hooks"]
         start = hook.masks
         fitted = fit(valid=split_of(config)("valid"), eval_every=4, **setup)
@@ -383,7 +383,7 @@ def test_methods_differ_in_nothing_else():
     assert not torch.equal(batches["ERM"], batches["ReW"])
     assert not torch.equal(batches["ERM"], drawn(small("ERM"), seed=6))
     train = split_of(small("ERM"))("train")
-    setups = {method: prepare(small(method, storage="masked"), 5, train) for method in STORED["methods"]}
+    setups = {method: Run(small(method, storage="masked"), 5, train).prepare() for method in STORED["methods"]}
     start = {method: maskable(setup["model"]) for method, setup in setups.items()}
     for name, dense in start["ERM"].items():
         sparse = dense * setups["REST"]["hooks"][0].masks[name]
@@ -394,12 +394,12 @@ def test_methods_differ_in_nothing_else():
 def test_a_seed_is_of_everything():
     # Another seed: other weights, other batches, another mask. Else n seeds would be fewer than n runs.
     train = split_of(small("REST"))("train")
-    a, b = (prepare(small("REST"), seed, train) for seed in (5, 6))
+    a, b = (Run(small("REST"), seed, train).prepare() for seed in (5, 6))
     a_masks, b_masks = a["hooks"][0].masks, b["hooks"][0].masks
     partial = [name for name, mask in a_masks.items() if not mask.all()]  # ERK leaves small layers whole
     assert len(partial) >= 2 and not any(torch.equal(a_masks[name], b_masks[name]) for name in partial)
     assert not any(torch.equal(x, y) for x, y in zip(a["batches"], b["batches"], strict=True))
-    a, b = (maskable(prepare(small("ERM"), seed, train)["model"]) for seed in (5, 6))
+    a, b = (maskable(Run(small("ERM"), seed, train).prepare()["model"]) for seed in (5, 6))
     for name in a: assert not torch.equal(a[name], b[name])
 
 
@@ -460,14 +460,14 @@ def test_a_dense_run_is_a_plain_torch_loop(reweighting):
         assert [h[name] for h in result["history"]] == pytest.approx([s["valid"][name] for s in seen]), name
     assert [h["loss"] for h in result["history"]] == pytest.approx([s["loss"] for s in seen], rel=1e-3)
     assert best["test"] != seen[-1]["test"]  # else selected and last could be confused
-    assert result["seed"] == 6 and result["updates"] == 0 and seconds > 0
+    assert result["seed"] == 6 and result["spent"]["updates"] == 0 and seconds > 0
 
 
 @pytest.mark.parametrize("sparsity, updates", [("dense", 0), ("static", 0), ("set", 2), ("rigl", 2)])
 def test_a_run_counts_its_mask_updates(sparsity, updates):
     # Steps 2 and 4; the masks rest from step 0.75 × 8 = 6 on.
     config = dataclasses.replace(BASE, sparsity=sparsity)
-    assert run_seed(config, 1, split_of(config))[0]["updates"] == updates
+    assert run_seed(config, 1, split_of(config))[0]["spent"]["updates"] == updates
 
 
 @pytest.mark.parametrize("precision", experiments.PRECISIONS)
@@ -518,7 +518,7 @@ def test_what_is_drawn_more_often_is_not_weighted_too():
     config = small("ReW")
     train, index = split_of(config)("train"), torch.arange(16)
     logits = torch.randn(16, 10, generator=torch.Generator().manual_seed(0))
-    loss = prepare(config, 5, train)["loss"](logits, train.y[index], index)
+    loss = Run(config, 5, train).prepare()["loss"](logits, train.y[index], index)
     assert loss.item() == pytest.approx(F.cross_entropy(logits, train.y[index]).item())
 
 
@@ -602,7 +602,7 @@ def test_a_row_carries_all_that_it_depends_on(root):
     config = configure(STUDY, "tiny", "blobs", "REST")
     for run, seed in zip(found["runs"], (1, 2), strict=True):
         assert run == json.loads(json.dumps(run_seed(config, seed, split_of(config))[0]))
-        assert run["seed"] == seed and run["updates"] == 2 and [h["step"] for h in run["history"]] == [2, 4]
+        assert run["seed"] == seed and run["spent"]["updates"] == 2 and [h["step"] for h in run["history"]] == [2, 4]
         assert run["selected"]["conflicting_n"] == 180  # 0.9 of the 200 test images
     assert not leftovers(root)
 
@@ -752,7 +752,7 @@ def test_what_other_code_made_is_pending(root, monkeypatch, change):
     (edited("settings", "blobs", upweight=11), []),
     (edited("budgets", "tiny", seeds=[1]), []),
     (edited("settings", "rare", upweight=11), ["ERM", "ReW"]),
-    (edited("methods", "ReW", reweighting="loss"), ["ERM"])],
+    (edited("methods", "ReW", reweighting="reweighting.weigh"), ["ERM"])],
     ids=["common", "setting", "budget", "other setting", "method"])
 def test_a_change_makes_pending_what_it_touches(root, study, still_good):
     for method in ("ERM", "ReW"): row(root, method)

@@ -7,7 +7,7 @@ from torch import nn
 from rest_nb.cost import forward_flops
 from rest_nb.masks import maskable
 from rest_nb.models import NETWORKS, cnn, resnet18, resnet34
-from rest_nb.sources import load_torchvision
+from rest_nb.shim import load_torchvision
 from rest_nb.sparse import SparseConv2d, sparsify
 
 theirs = load_torchvision().models

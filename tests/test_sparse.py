@@ -155,7 +155,7 @@ def test_norm_needs_more_than_one_value():
 
 def residual_networks():
     "Of torchvision: with basic blocks, and with bottlenecks; in double precision, and with the masks of `ours` on `dense`."
-    from rest_nb.sources import load_torchvision
+    from rest_nb.shim import load_torchvision
     load_torchvision()
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
     for block in (BasicBlock, Bottleneck):
@@ -684,7 +684,7 @@ def test_rows_find_all_their_kernels_compiled(tmp_path):
     compiled = files()
     code = ("import torch; from rest_nb.data import BiasedDataset; from rest_nb.experiments import Config, run_seed\n"
             "data = BiasedDataset(torch.randint(0, 256, (600, 3, 28, 28)).byte(), torch.arange(600) % 10, torch.arange(600) % 7)\n"
-            "run_seed(Config(sparsity='rigl', width=16, batch_size=300, steps=4, eval_every=2, density=.1), 1, lambda split: data)")
+            "run_seed(Config(sparsity='masks.RigL', width=16, batch_size=300, steps=4, eval_every=2, density=.1), 1, lambda split: data)")
     subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
     assert compiled and files() == compiled
 

@@ -102,7 +102,7 @@ def test_an_epoch_sees_every_image_once(monkeypatch):
     from rest_nb.experiments import Config
     steps, real = [], speed.train_step
     monkeypatch.setattr(speed, "train_step", lambda *args, **how: steps.append(args[3]) or real(*args, **how))
-    config = Config(width=4, batch_size=10, steps=20, sparsity="rigl", density=.3)
+    config = Config(width=4, batch_size=10, steps=20, sparsity="masks.RigL", density=.3)
     assert speed.epoch_seconds(config, speed.noise("CNN", 25)) > 0 and len(steps) == 6
 
 
