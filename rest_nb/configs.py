@@ -11,6 +11,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -49,7 +50,10 @@ def part(text):
         found.append(getattr(room, name))
     if len(found) == 1: it, = found
     else: it = type(" + ".join(kind.__name__ for kind in found), tuple(found), {})
-    try: options = {k.arg: ast.literal_eval(k.value) for k in ast.parse(f"f({match[2] or ''})").body[0].value.keywords}
+    try:
+        call = ast.parse(f"f({match[2] or ''})", mode="eval").body
+        options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if not isinstance(call.func, ast.Name) or call.args or None in options: raise ValueError
     except (SyntaxError, ValueError): raise ValueError(f"({match[2]}): expected option=value, …") from None
     takes = inspect.signature(it).parameters
     for option in options.keys() - takes.keys():
@@ -174,7 +178,8 @@ class Config:
 
 # %% ../nbs/09_configs.ipynb #b449026c
 def read_params(path):
-    """The study's params.yaml as a dict of its four sections, all names and fields in mappings.
+    """The study's params.yaml as a dict of its four sections, all names and fields in mappings,
+    and beside them the `winners` of searches: {<setting>-<method>: fields}, from runs/search/*.json.
 
     Raises `ValueError`, naming the place, where it is no such thing.
     """
@@ -186,7 +191,8 @@ def read_params(path):
         for name in entries if section != "common" else ():
             if not isinstance(name, str) or "." in name:
                 raise ValueError(f"params.yaml, {section}: {name!r} is no name; expected text without a dot")
-    return params
+    searched = Path(path).parent.glob("runs/search/*.json")
+    return params | dict(winners={found.stem: json.loads(found.read_text())["winner"] for found in searched})
 
 
 def configure(params, budget, setting, method):
@@ -209,7 +215,8 @@ def configure(params, budget, setting, method):
                 if wanted not in named(params, budget, kind):
                     raise ValueError(f"params.yaml, {section}: {wanted!r} is none of its {kind}, "
                                      f"{', '.join(map(str, named(params, budget, kind)))}")
-            place = {field: value for field, value in place.items() if field not in ("settings", "methods")}
+            is_tuned = place.get("tuned", False)
+            place = {field: value for field, value in place.items() if field not in ("settings", "methods", "tuned")}
         for field, value in place.items():
             if field not in Config.__dataclass_fields__:
                 near = difflib.get_close_matches(str(field), Config.__dataclass_fields__, 1)
@@ -218,6 +225,11 @@ def configure(params, budget, setting, method):
             if field in fields and (origin[field], section) != ("common", f"methods.{method}"):
                 raise ValueError(f"params.yaml: {field!r} stands both in {origin[field]} and in {section}")
             fields[field], origin[field] = value, section
+    if is_tuned:
+        found, row = params.get("winners", {}), f"{setting}-{method}"
+        if row not in found: raise ValueError(f"params.yaml, budgets.{budget} is tuned, but there is no runs/search/{row}.json")
+        fields |= found[row]
+        origin |= dict.fromkeys(found[row], f"runs/search/{row}.json")
     try: return Config(**fields)
     except ValueError as error:
         culprit = origin.get(str(error).split(" ")[0], f"{budget}, {setting}, {method}")

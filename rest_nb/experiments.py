@@ -64,9 +64,9 @@ class Run:
         return torch.optim.SGD(model.parameters(), self.config.lr, self.config.momentum,
                                weight_decay=self.config.weight_decay)
 
-    def inputs(self, x, layout="channels_last", **batch):
-        "Images as a network's input (see `training.logits_of`)."
-        return assemble(x, transform=self.config.images.transform, layout=layout, **batch)
+    def inputs(self, x, index=None, layout="channels_last", generator=None):
+        "Images as a network's input (see `batches.assemble`)."
+        return assemble(x, index, self.config.images.transform, generator=generator, layout=layout)
 
     @property
     def moving(self):
@@ -115,7 +115,7 @@ class Run:
         if kind := config.part("sparsity"):
             schedule = dict(delta_t=config.delta_t, t_end=config.t_end * config.steps, drop_fraction=config.drop_fraction)
             schedule = {name: schedule[name] for name in kind[0].schedule}
-            self.hooks = [kind[0](self.model, optimizer, density, masks=first, **drawn, **schedule, **kind[1])]
+            self.hooks = [kind[0](self.model, optimizer, density, masks=first, **drawn, **schedule | kind[1])]
         return dict(model=self.model, optimizer=optimizer, train=self.train, hooks=self.hooks,
                     batches=parts.get("batches") or self.batches(), loss=parts.get("loss", cross_entropy),
                     scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps),
@@ -157,7 +157,8 @@ def run_seed(config, seed, split, progress=iter):
 
     def tested(state):
         model.load_state_dict(state)
-        final = run.call("afterwards", model, valid) or model
+        final = run.call("afterwards", model, valid)
+        if final is None: final = model
         return group_accuracy(ask(final, test.x, config.precision, setup["inputs"]).argmax(1), test.y, test.a)
 
     selected = {name: fitted.best[rule] for name, rule in dict(selected="worst_group", average="unbiased").items()}

@@ -9,7 +9,8 @@ import nbformat
 import pytest
 import yaml
 
-from rest_nb.experiments import CODE, read_params, settings_of
+from rest_nb.configs import named, read_params
+from rest_nb.experiments import code_of
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = {re.search(r"#\| default_exp (\S+)", nb.read_text())[1].split("\\n")[0].rstrip('",'): nb
@@ -62,15 +63,14 @@ def rows_stage(budget):
 
 @pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces"])
 def test_rows_depend_on_the_modules_they_use_and_no_others(budget):
-    deps = set(rows_stage(budget)["deps"])
-    assert {d for d in deps if d.startswith("rest_nb/")} == {f"rest_nb/{m}.py" for m in (*CODE, "notebooks")}
-    assert deps - {f"rest_nb/{m}.py" for m in (*CODE, "notebooks")} == {"nbs/11_row.ipynb", "sets/${item.setting}.npz"}
+    code = {f"rest_nb/{module}.py" for module in (*code_of(), "notebooks")}
+    assert set(rows_stage(budget)["deps"]) == code | {"nbs/11_row.ipynb", "sets/${item.setting}.npz"}
 
 
 @pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces"])
 def test_stages_are_the_rows_of_params(budget):
     params, stage = read_params(ROOT / "params.yaml"), rows_stage(budget)
-    assert stage["matrix"] == dict(setting=settings_of(params, budget), method=list(params["methods"]))
+    assert stage["matrix"] == dict(setting=named(params, budget, "settings"), method=named(params, budget, "methods"))
     assert f"row {budget} " in stage["cmd"] and f"budgets.{budget}" in stage["params"]
 
 

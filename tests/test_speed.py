@@ -99,7 +99,7 @@ def test_growth_has_a_figure_for_every_value(monkeypatch):
 
 def test_an_epoch_sees_every_image_once(monkeypatch):
     "25 images in batches of 10 are three steps; three more warm up."
-    from rest_nb.experiments import Config
+    from rest_nb.configs import Config
     steps, real = [], speed.train_step
     monkeypatch.setattr(speed, "train_step", lambda *args, **how: steps.append(args[3]) or real(*args, **how))
     config = Config(width=4, batch_size=10, steps=20, sparsity="masks.RigL", density=.3)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from rest_nb import training
 from rest_nb.batches import CIFAR, assemble
 from rest_nb.data import BiasedDataset
-from rest_nb.experiments import Config, run_seed
+from rest_nb.configs import Config
+from rest_nb.experiments import run_seed
 from rest_nb.models import cnn
 from rest_nb.training import ask, autocast, fit, logits_of, train_step, validate
 
@@ -89,8 +90,8 @@ def test_fit_is_the_plain_loop():
         for name in ("step", "loss", "aligned", "conflicting", "worst_group"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (theirs["step"], name)
     best = max(seen, key=lambda s: (s["worst_group"], s["step"]))
-    assert fitted.best_step == best["step"]
-    torch.testing.assert_close(fitted.best_state, best["state"], rtol=1e-3, atol=1e-5)
+    assert fitted.best["worst_group"][0] == best["step"]
+    torch.testing.assert_close(fitted.best["worst_group"][1], best["state"], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-3, atol=1e-5)  # its last
 
 
@@ -179,17 +180,28 @@ def test_zero_is_zero():
     # must lose against one with .25 (average .49).
     fitted, *_ = fit_scripted([answers(96, 0), answers(48, 1), answers(24, 0)])
     assert [h["worst_group"] for h in fitted.history] == [0, .25, 0]
-    assert fitted.best_step == 4
+    assert fitted.best["worst_group"][0] == 4
 
 
 def test_zeros_only_go_to_the_last():
     # All equal to 0, averages falling: the tie goes to the last, not to the best average.
-    assert fit_scripted([answers(96, 0), answers(60, 0), answers(10, 0)])[0].best_step == 6
+    assert fit_scripted([answers(96, 0), answers(60, 0), answers(10, 0)])[0].best["worst_group"][0] == 6
 
 
-def test_the_average_does_not_select():
+def test_the_average_selects_another_state():
+    fitted, states, _ = fit_scripted([answers(96, 2), answers(72, 3), answers(96, 2), answers(90, 0)], keep=True)
+    assert fitted.best["unbiased"][0] == 6 and torch.equal(fitted.best["unbiased"][1]["weight"], states[2])
+    assert [*fitted.states] == [2, 4, 6, 8]
+    assert all(torch.equal(state["weight"], seen) for state, seen in zip(fitted.states.values(), states))
+
+
+def test_states_are_kept_for_who_asks_only():
+    assert fit_scripted([answers(1, 1)] * 3)[0].states == {}
+
+
+def test_the_average_does_not_select_for_the_worst_group():
     fitted, *_ = fit_scripted([answers(96, 2), answers(72, 3), answers(96, 2)])
-    assert [h["unbiased"] for h in fitted.history] == [.98, .75, .98] and fitted.best_step == 4
+    assert [h["unbiased"] for h in fitted.history] == [.98, .75, .98] and fitted.best["worst_group"][0] == 4
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -198,9 +210,9 @@ def test_selected_is_the_best_worst_group_and_the_latest_of_ties(script):
     fitted, states, _ = fit_scripted([answers(*rights) for rights in script])
     worst = [min(aligned / 96, conflicting / 4) for aligned, conflicting in script]
     best = max(range(len(worst)), key=lambda i: (worst[i], i))
-    assert fitted.best_step == 2 * (best + 1)
+    assert fitted.best["worst_group"][0] == 2 * (best + 1)
     # A copy of that moment: the counter moves at every step, so a reference would hold the last weights.
-    assert torch.equal(fitted.best_state["weight"], states[best])
+    assert torch.equal(fitted.best["worst_group"][1]["weight"], states[best])
     assert [h["step"] for h in fitted.history] == [2 * (i + 1) for i in range(len(worst))]
 
 
@@ -220,7 +232,7 @@ def test_fewer_batches_than_eval_every_are_refused():
     model = small()
     with pytest.raises(ValueError, match="eval_every = 4"):
         fit(model, sgd(model), TRAIN, VALID, some_batches(3), eval_every=4)
-    assert fit(model, sgd(model), TRAIN, VALID, some_batches(4), eval_every=4).best_step == 4
+    assert fit(model, sgd(model), TRAIN, VALID, some_batches(4), eval_every=4).best["worst_group"][0] == 4
 
 
 # --- a loss that is no number --------------------------------------------------------------------------
@@ -402,7 +414,7 @@ def test_unknown_precision_is_refused():
 
 # --- the test split ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("sparsity", ["dense", "rigl"])
+@pytest.mark.parametrize("sparsity", ["dense", "masks.RigL"])
 def test_the_test_split_is_asked_for_once_and_after_the_last_step(sparsity):
     log, given_out = [], {"train": TRAIN, "valid": VALID, "test": blobs(50, 2)}
 
@@ -414,7 +426,7 @@ def test_the_test_split_is_asked_for_once_and_after_the_last_step(sparsity):
         for batch in batches:
             yield batch
             log.append("step")  # reached when the next batch is asked for: the step is over
-    config = Config(width=4, batch_size=16, steps=6, eval_every=2, density=.3, sparsity=sparsity)
+    config = Config(width=4, batch_size=16, steps=6, eval_every=2, density=.3, sparsity=sparsity, oracle=True)
     run_seed(config, 41, split, progress)
     assert sorted(log[:2]) == ["train", "valid"] and log[2:] == ["step"] * 6 + ["test"]
     assert not [name for name in inspect.signature(fit).parameters if "test" in name]

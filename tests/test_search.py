@@ -1,0 +1,108 @@
+"Search: as many candidates for each, one rule, and a test split that stays closed."
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import yaml
+from test_experiments import STUDY, make_root, split_of
+
+from rest_nb import search
+from rest_nb.configs import configure, read_params
+from rest_nb.data import load
+from rest_nb.search import candidates, judge, search_row, without_test
+
+GRIDS = dict(ERM=dict(lr=[.001, .05]), ReW=dict(upweight=[1, 20]))
+SEARCHED = dict(copy.deepcopy(STUDY), grids=GRIDS)
+SEARCHED["budgets"]["search"] = dict(STUDY["budgets"]["tiny"], seeds=[7])
+
+
+@pytest.fixture
+def root(tmp_path): return make_root(tmp_path / "project", SEARCHED)
+
+
+def stored(root, method="ERM"): return json.loads((root / "runs" / "search" / f"blobs-{method}.json").read_text())
+
+
+def scripted(monkeypatch, worths):
+    "Candidates are worth what stands in `worths`, by learning rate; returns those that were asked for."
+    asked = []
+    def told(config, split, progress=iter):
+        asked.append(config.lr)
+        if worths[config.lr] is None: raise KeyboardInterrupt
+        return dict(worst_group=worths[config.lr], unbiased=.5, conflicting=.5, step=2)
+    monkeypatch.setattr(search, "judge", told)
+    return asked
+
+
+def test_candidates_are_all_combinations():
+    grids = dict(A=dict(lr=[1, 2], width=[3, 4]), B=dict(lr=[1, 2, 3, 4]))
+    assert candidates(dict(grids=grids), "A") == [dict(lr=l, width=w) for l, w in ((1, 3), (1, 4), (2, 3), (2, 4))]
+
+
+@pytest.mark.parametrize("grids, said", [
+    (None, "no 'A' in grids"), (dict(B=dict(lr=[1])), "no 'A' in grids; expected one of B"),
+    (dict(A=dict(lr=[1, 2]), B=dict(lr=[1])), "grids.B has 1 configurations and A 2"),
+    (dict(A=dict(lr=[])), "grids.A is {'lr': []}"), (dict(A=dict(lr=1)), "grids.A is"), (dict(A=[1]), "grids.A is [1]")])
+def test_a_grid_that_is_none_is_named(grids, said):
+    with pytest.raises(ValueError) as caught: candidates(dict(grids=grids), "A")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_winner_is_the_best_on_validation_and_the_first_of_ties(root, monkeypatch):
+    params = copy.deepcopy(SEARCHED)
+    params["grids"] = dict(ERM=dict(lr=[.1, .2, .3, .4]))
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    scripted(monkeypatch, {.1: .3, .2: .6, .3: .6, .4: .1})
+    assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .2}
+    assert [c["worst_group"] for c in stored(root)["candidates"]] == [.3, .6, .6, .1]
+    assert configure(read_params(root / "params.yaml") | dict(budgets=dict(tiny=dict(params["budgets"]["tiny"], tuned=True))),
+                     "tiny", "blobs", "ERM").lr == .2
+
+
+def test_a_candidate_is_judged_by_its_best_evaluation():
+    config = configure(SEARCHED, "search", "blobs", "ReW")
+    from rest_nb.experiments import run_seed
+    history = run_seed(config, 7, split_of(config))[0]["history"]
+    best = max(history, key=lambda h: (h["worst_group"], h["step"]))
+    assert judge(config, split_of(config)) == {name: best[name] for name in ("worst_group", "unbiased", "conflicting", "step")}
+    assert judge(dataclasses.replace(config, lr=1e30), split_of(config))["worst_group"] == 0
+
+
+def test_the_real_search_never_reads_the_test_split(root, monkeypatch):
+    read = []
+    monkeypatch.setattr(search, "load", lambda path, name: read.append(name) or load(path, name))
+    result = search_row(root, "blobs", "ERM")
+    assert set(read) == {"train", "valid"} and len(result["candidates"]) == 2 and result == stored(root)
+    with pytest.raises(PermissionError, match="test split"): without_test(lambda name: name)("test")
+    assert without_test(lambda name: name)("valid") == "valid"
+
+
+def test_what_a_candidate_is_given_has_no_test_split(root, monkeypatch):
+    seen = []
+    def judged(config, split, progress=iter):
+        with pytest.raises(PermissionError): split("test")
+        seen.append(split("valid"))
+        return dict(worst_group=0., unbiased=0., conflicting=0., step=1)
+    monkeypatch.setattr(search, "judge", judged)
+    search_row(root, "blobs", "ERM")
+    assert len(seen) == 2
+
+
+def test_a_search_that_died_goes_on_where_it_was(root, monkeypatch):
+    with monkeypatch.context() as patch:
+        scripted(patch, {.001: .2, .05: None})
+        with pytest.raises(KeyboardInterrupt): search_row(root, "blobs", "ERM")
+    asked = scripted(monkeypatch, {.001: .9, .05: .3})
+    assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .05} and asked == [.05]  # .2 was known, .9 is not asked
+    assert not (root / ".parts" / "search-blobs-ERM.json").exists()
+
+
+def test_what_was_tried_with_other_code_is_tried_again(root, monkeypatch):
+    with monkeypatch.context() as patch:
+        scripted(patch, {.001: .2, .05: None})
+        with pytest.raises(KeyboardInterrupt): search_row(root, "blobs", "ERM")
+    monkeypatch.setattr(search, "code_hash", lambda config: "another")
+    asked = scripted(monkeypatch, {.001: .9, .05: .3})
+    assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .001} and asked == [.001, .05]
