@@ -59,7 +59,7 @@ def check(penalty, lr):
 
 
 def learn_mask(model, batches, images, y, loss=cross_entropy, *, contrast=None, penalty=1., lr=0.1, seed=0):
-    """Logits π, {name: float tensor}, of the mask under which a trained `model` has a small loss. For `harden`.
+    """Logits π, {name: float tensor}, of a mask under which a trained `model` has a small loss: for `harden`.
 
     Minimises E[loss + contrast] + `penalty` × E[density] over masks m ~ σ(π), the weights being frozen.
     `batches`: indices (int64); `images`: the model's input for an index; `y`: all targets (int64, N).
@@ -75,9 +75,10 @@ def learn_mask(model, batches, images, y, loss=cross_entropy, *, contrast=None, 
     if not batches: raise ValueError("0 batches; expected at least one to learn the mask from")
     model = copy.deepcopy(model).train().requires_grad_(False)
     logits = {name: torch.full_like(w, math.log(9)).requires_grad_() for name, w in maskable(model).items()}
-    optimizer = torch.optim.Adam(logits.values(), lr, eps=1e-12)  # gradients are about as small as 1 / weights
+    optimizer = torch.optim.Adam(logits.values(), lr, eps=1e-12)  # gradients are as small as 1 / weights
     generator = torch.Generator(next(iter(logits.values())).device).manual_seed(seed)
-    for step, index in enumerate(tqdm(batches, "mask", delay=5, unit="step", file=sys.stderr), 1):
+    bar = tqdm(batches, "mask", leave=False, delay=5, unit="step", file=sys.stderr)
+    for step, index in enumerate(bar, 1):
         gates = {name: straight_through(relaxed(pi, torch.empty_like(pi).uniform_(generator=generator)))
                  for name, pi in logits.items()}
         answer, features = masked_call(model, gates, images(index))
@@ -85,7 +86,7 @@ def learn_mask(model, batches, images, y, loss=cross_entropy, *, contrast=None, 
         value = loss(answer, target, index) + penalty * expected_density(logits)
         if contrast: value = value + contrast(features, target, index)
         if not value.isfinite():
-            raise FloatingPointError(f"the loss is {value.item()} at step {step} of learning the mask: lower lr?")
+            raise FloatingPointError(f"the loss is {value.item()} at step {step} of the mask: lower lr?")
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -95,9 +96,9 @@ def learn_mask(model, batches, images, y, loss=cross_entropy, *, contrast=None, 
 def harden(logits, density=None):
     """Masks, {name: bool tensor}, of the likeliest weights by `logits`, {name: tensor}.
 
-    `density`: the share kept over all layers, exact: round(`density` × all). Each layer keeps its likeliest weight;
-    the others are ranked together, ties to the earlier. Without: those with π > 0.
-    Raises `ValueError` for a density outside (0, 1] or with fewer weights than layers, and, without a density,
+    `density`: the share kept over all layers, exact: round(`density` × all). Each layer keeps its likeliest
+    weight; the others are ranked together, ties to the earlier. Without a density: those with π > 0.
+    Raises `ValueError` for a density outside (0, 1] or with fewer weights than layers; without one,
     where a layer would be left empty.
     """
     if density is None:
@@ -145,21 +146,22 @@ def trained_and_masked(run, batches, steps, penalty, lr, contrast=None):
     check(penalty, lr)
     steps = steps or run.config.steps
     dense = run.pretrain(steps=steps)
-    logits = learn_mask(dense, batches(steps), run.images, run.train.y, contrast=contrast, penalty=penalty, lr=lr,
-                        seed=run.seed)
+    logits = learn_mask(dense, batches(steps), run.images, run.train.y, contrast=contrast,
+                        penalty=penalty, lr=lr, seed=run.seed)
     run.trained += steps * run.config.batch_size
     return dense, harden(logits, run.config.density)
 
 
 def mrm(run, steps=None, penalty=10., lr=0.1):
-    "First masks for a run by MRM (Zhang et al., 2021); its weights start where they do. See `trained_and_masked`."
+    "First masks for a run by MRM (Zhang et al., 2021); its starting weights stay. See `trained_and_masked`."
     return trained_and_masked(run, run.batches, steps, penalty, lr)[1]
 
 
 def dcwp(run, steps=None, penalty=10., lr=0.1, contrast=0.05):
-    "First masks, and starting weights, for a run by DCWP (Park et al., 2023). `contrast`: its weight. As `mrm`."
+    "First masks and starting weights for a run by DCWP (Park et al., 2023). `contrast`: its weight. As `mrm`."
     weights, size = sample_weights(run.is_conflicting, run.config.upweight), run.config.batch_size
-    dense, masks = trained_and_masked(run, lambda steps: weighted_batches(weights, size, steps, run.generator),
-                                      steps, penalty, lr, conflicting_contrast(run.is_conflicting, contrast))
+    batches = lambda steps: weighted_batches(weights, size, steps, run.generator)
+    contrast = conflicting_contrast(run.is_conflicting, contrast)
+    dense, masks = trained_and_masked(run, batches, steps, penalty, lr, contrast)
     run.model.load_state_dict(dense.state_dict())
     return masks

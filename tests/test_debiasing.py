@@ -1,4 +1,5 @@
-"""Masks that debias: finite differences, loops in numpy, a loop written out by hand, and a network whose debiased part is known."""
+"""Masks that debias: finite differences, loops in numpy, training written out by hand, and a network
+whose debiased part is known."""
 import copy
 import dataclasses
 import functools
