@@ -2,14 +2,17 @@
 
 # %% auto #0
 __all__ = ['toy', 'cells', 'group_sizes', 'balanced_weights', 'subsample', 'GroupDRO', 'error_set', 'cost_multiple',
-           'generalised_cross_entropy', 'LfF']
+           'generalised_cross_entropy', 'LfF', 'balanced', 'subsampled', 'group_dro', 'biased', 'lff']
 
 # %% ../nbs/06_rules.ipynb #6fdaa66b
+import copy
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .cost import training_flops
+from .reweighting import shuffled_batches, weighted_batches
 
 # %% ../nbs/06_rules.ipynb #7117155d
 def toy(n, conflict_ratio, generator):
@@ -203,3 +206,33 @@ class LfF(nn.Module):
     def set_extra_state(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
         self.trained = state["trained"]
+
+# %% ../nbs/06_rules.ipynb #8b6f2d94
+def balanced(run):
+    "Batches in which every cell (y, a) is as frequent (RWG)."
+    config, weights = run.config, balanced_weights(cells(run.train.y, run.train.a))
+    return dict(batches=weighted_batches(weights, config.batch_size, config.steps, run.generator))
+
+
+def subsampled(run):
+    "Batches of as many samples of each cell (y, a) as the smallest has, of no others (SUBG)."
+    kept = subsample(cells(run.train.y, run.train.a), run.generator)
+    batches = shuffled_batches(len(kept), run.config.batch_size, run.config.steps, run.generator)
+    return dict(batches=(kept[index] for index in batches))
+
+
+def group_dro(run, step_size=0.01, adjustment=0.):
+    "Group DRO over the cells (y, a), which its batches hold equally often."
+    return dict(balanced(run), loss=GroupDRO(cells(run.train.y, run.train.a), step_size, adjustment))
+
+
+def biased(run, q=0.7):
+    "Generalised cross-entropy: the loss of a network that shall be biased."
+    return dict(loss=generalised_cross_entropy(q))
+
+
+def lff(run, q=0.7, decay=0.7):
+    "LfF, with a dense twin that starts as the run's own network does."
+    twin = copy.deepcopy(run.model)
+    run.trained += run.config.steps * run.config.batch_size
+    return dict(loss=LfF(run.train.y, run.images, twin, run.optimizer(twin), q=q, decay=decay))
