@@ -2,14 +2,17 @@
 
 # %% auto #0
 __all__ = ['toy', 'cells', 'group_sizes', 'balanced_weights', 'subsample', 'GroupDRO', 'error_set', 'cost_multiple',
-           'generalised_cross_entropy', 'LfF']
+           'generalised_cross_entropy', 'Difficulty', 'LfF', 'balanced', 'subsampled', 'group_dro', 'biased', 'lff']
 
 # %% ../nbs/06_rules.ipynb #6fdaa66b
+import copy
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .cost import training_flops
+from .reweighting import shuffled_batches, weighted_batches
 
 # %% ../nbs/06_rules.ipynb #7117155d
 def toy(n, conflict_ratio, generator):
@@ -150,24 +153,45 @@ def generalised_cross_entropy(q=0.7):
         return -torch.expm1(-q * F.cross_entropy(logits, y, reduction="none")).mean() / q  # of -log p_y
     return loss
 
+# %% ../nbs/06_rules.ipynb #8342d1ff
+class Difficulty(nn.Module):
+    """How much harder a biased network finds samples than another, by moving averages of their losses.
+
+    Nam et al. (2020), Algorithm 1. `y`: all training targets (int64, N). `decay`: of the `averages` (2×N: biased,
+    debiased; 0: unseen), which are its `state_dict`. Raises `ValueError` for a decay out of [0, 1).
+    """
+    def __init__(self, y, decay=0.7):
+        super().__init__()
+        if not 0 <= decay < 1: raise ValueError(f"decay is {decay}; expected a share in [0, 1)")
+        self.decay = decay
+        self.register_buffer("averages", torch.zeros(2, len(y), dtype=torch.float64))
+        self.register_buffer("y", y, persistent=False)
+
+    def weigh(self, losses, index):
+        "W(x) of the samples `index` (float64, n), who have just had `losses` (2×n)."
+        before = self.averages[:, index]
+        moved = self.decay * before + (1 - self.decay) * losses
+        self.averages[:, index] = torch.where(before > 0, moved, losses)
+        largest = self.averages.new_zeros(2, int(self.y.max()) + 1)
+        largest.scatter_reduce_(1, self.y.expand(2, -1), self.averages, "amax")
+        biased, debiased = self.averages[:, index] / largest[:, self.y[index]].clamp(min=1e-8)
+        return biased / (biased + debiased + 1e-8)
+
 # %% ../nbs/06_rules.ipynb #843fcd04
-class LfF(nn.Module):
+class LfF(Difficulty):
     """A loss, `loss(logits, y, index)`, that counts samples by how much harder a biased `twin` finds them,
     and trains the twin as it goes.
 
     Nam et al. (2020), Algorithm 1. `y`: all training targets (int64, N). `images`: the twin's input for an
     `index`. `optimizer`: the twin's; `hooks`: around its step, for a sparse twin. `q`: see
-    `generalised_cross_entropy`. `decay`: of the moving `averages` (2×N: biased, debiased; 0: unseen).
+    `generalised_cross_entropy`. `decay`: see `Difficulty`.
     `trained`: on how many images the twin was, for `cost_multiple`. All that changes is in its `state_dict`.
     Raises `ValueError` for a `q` or a `decay` out of range.
     """
     def __init__(self, y, images, twin, optimizer, *, q=0.7, decay=0.7, hooks=()):
-        super().__init__()
-        if not 0 <= decay < 1: raise ValueError(f"decay is {decay}; expected a share in [0, 1)")
+        super().__init__(y, decay)
         self.images, self.twin, self.optimizer, self.hooks = images, twin, optimizer, hooks
-        self.decay, self.biased_loss, self.trained = decay, generalised_cross_entropy(q), 0
-        self.register_buffer("averages", torch.zeros(2, len(y), dtype=torch.float64))
-        self.register_buffer("y", y, persistent=False)
+        self.biased_loss, self.trained = generalised_cross_entropy(q), 0
 
     def forward(self, logits, y, index):
         "The mean of W(x) × cross-entropy; the twin takes a step."
@@ -179,16 +203,6 @@ class LfF(nn.Module):
         self.step(self.biased_loss(biased, y, index))
         self.trained += len(index)
         return (weights.to(each) * each).mean()
-
-    def weigh(self, losses, index):
-        "W(x) of the samples `index` (float64, n), who have just had `losses` (2×n)."
-        before = self.averages[:, index]
-        moved = self.decay * before + (1 - self.decay) * losses
-        self.averages[:, index] = torch.where(before > 0, moved, losses)
-        largest = self.averages.new_zeros(2, int(self.y.max()) + 1)
-        largest.scatter_reduce_(1, self.y.expand(2, -1), self.averages, "amax")
-        biased, debiased = self.averages[:, index] / largest[:, self.y[index]].clamp(min=1e-8)
-        return biased / (biased + debiased + 1e-8)
 
     def step(self, value):
         "A step of the twin's optimizer, with its hooks, on the loss `value`."
@@ -203,3 +217,33 @@ class LfF(nn.Module):
     def set_extra_state(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
         self.trained = state["trained"]
+
+# %% ../nbs/06_rules.ipynb #8b6f2d94
+def balanced(run):
+    "Batches in which every cell (y, a) is as frequent (RWG)."
+    config, weights = run.config, balanced_weights(cells(run.train.y, run.train.a))
+    return dict(batches=weighted_batches(weights, config.batch_size, config.steps, run.generator))
+
+
+def subsampled(run):
+    "Batches of as many samples of each cell (y, a) as the smallest has, of no others (SUBG)."
+    kept = subsample(cells(run.train.y, run.train.a), run.generator)
+    batches = shuffled_batches(len(kept), run.config.batch_size, run.config.steps, run.generator)
+    return dict(batches=(kept[index] for index in batches))
+
+
+def group_dro(run, step_size=0.01, adjustment=0.):
+    "Group DRO over the cells (y, a), which its batches hold equally often."
+    return dict(balanced(run), loss=GroupDRO(cells(run.train.y, run.train.a), step_size, adjustment))
+
+
+def biased(run, q=0.7):
+    "Generalised cross-entropy: the loss of a network that shall be biased."
+    return dict(loss=generalised_cross_entropy(q))
+
+
+def lff(run, q=0.7, decay=0.7):
+    "LfF, with a dense twin that starts as the run's own network does."
+    twin = copy.deepcopy(run.model)
+    run.trained += run.config.steps * run.config.batch_size
+    return dict(loss=LfF(run.train.y, run.images, twin, run.optimizer(twin), q=q, decay=decay))

@@ -12,6 +12,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 
+from rest_nb.configs import Config
+from rest_nb.data import BiasedDataset
+from rest_nb.experiments import Run
 from rest_nb.guesses import by_confidence, by_error, by_vote, last_layer, logistic_regression, precision_recall
 from rest_nb.guesses import retrain_last_layer
 from rest_nb.models import cnn, evaluating, resnet18
@@ -233,3 +236,75 @@ yes = torch.tensor([True])
 def test_bad_input_is_refused_in_a_line(call, message):
     with pytest.raises(ValueError, match=message) as caught: call()
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- on the harness
+
+def tiny(n=300):
+    "Noise in 3 classes, brighter in the channel that is its attribute; a tenth conflicts."
+    y = torch.arange(n) % 3
+    a = torch.where(torch.arange(n) % 10 == 0, (y + 1) % 3, y)
+    x = torch.randint(0, 156, (n, 3, 28, 28), generator=seeded(3))
+    x[torch.arange(n), a] += 100
+    return BiasedDataset(x.byte(), y, a, 10)
+
+
+def run_of(**fields):
+    return Run(Config(width=4, batch_size=20, lr=.05, steps=6, eval_every=3, conflict_ratio=.1, precision="fp32", **fields), 5, tiny())
+
+
+def trained(steps, seed=5, loss=cross_entropy):
+    "The logits of a network trained by a loop written out."
+    torch.manual_seed(seed)
+    model, data, generator = cnn(width=4).to(memory_format=torch.channels_last), tiny(), seeded(seed)
+    optimizer = torch.optim.SGD(model.parameters(), .05, .9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for index in shuffled_batches(300, 20, steps, generator):
+        optimizer.zero_grad()
+        loss(model(data.x[index] / 255), data.y[index], index).backward()
+        optimizer.step()
+        schedule.step()
+    with evaluating(model), torch.no_grad(): return model(data.x / 255)
+
+
+def test_guesses_on_the_harness_are_those_of_loops_written_out():
+    y = tiny().y
+    for text, expected, networks in (
+            ("guesses.errors(steps=30)", trained(30).argmax(1) != y, 1),
+            ("guesses.doubts(steps=30, q=0.4, below=0.1)",
+             trained(30, loss=generalised_cross_entropy(.4)).softmax(1)[torch.arange(300), y] < .1, 1),
+            ("guesses.votes(steps=20, members=3, at_least=2)",
+             sum((trained(20, seed).argmax(1) != y).int() for seed in (6, 7, 8)) >= 2, 3)):
+        run = run_of(guess=text, reweighting="reweighting.sample", sparsity="masks.RigL")
+        setup = run.prepare()
+        assert (run.is_conflicting != expected).sum() <= 1 and 0 < expected.sum() < 300  # rounding may move one
+        steps = 20 if "votes" in text else 30
+        assert (run.trained, run.asked) == (networks * steps * 20, networks * 300)
+        assert len(list(setup["batches"])) == 6
+
+
+def test_a_guess_by_chance_on_the_harness():
+    run = run_of(guess="guesses.by_chance")
+    assert run.is_conflicting.sum() == 30 and not torch.equal(run.is_conflicting, run.train.is_conflicting)
+    assert torch.equal(run.is_conflicting, run_of(guess="guesses.by_chance").is_conflicting) and run.trained == 0
+
+
+@pytest.mark.parametrize("storage", ["compact", "masked"])
+def test_dfr_on_the_harness(storage):
+    config = dict(sparsity="masks.RigL", density=.3, storage=storage, afterwards="guesses.dfr(C=0.5)")
+    run, valid = run_of(**config), tiny(200)
+    valid = BiasedDataset(valid.x, valid.y, valid.a, 3)
+    run.model = with_classes(3)
+    model = run.prepare()["model"]
+    new, again = (run.call("afterwards", model, valid) for _ in range(2))
+    groups = cells(valid.y, valid.is_conflicting)
+    expected = retrain_last_layer(model, lambda index: valid.x[index] / 255, valid.y, groups, seeded(5), C=.5)
+    with torch.no_grad(), evaluating(new), evaluating(again), evaluating(expected), evaluating(model):
+        x = valid.x / 255
+        torch.testing.assert_close(new(x), expected(x), rtol=1e-3, atol=1e-4)
+        assert torch.equal(new(x), again(x)) and not torch.allclose(new(x), model(x), atol=.1)
+
+
+def with_classes(n):
+    torch.manual_seed(5)
+    return cnn(num_classes=n, width=4).to(memory_format=torch.channels_last)

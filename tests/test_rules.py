@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from rest_nb.batches import assemble
+from rest_nb.configs import Config
 from rest_nb.data import BiasedDataset
+from rest_nb.experiments import Run
 from rest_nb.masks import RigL, maskable
 from rest_nb.models import cnn
 from rest_nb.reweighting import cross_entropy, sample_weights, shuffled_batches, weighted_batches
@@ -496,3 +498,58 @@ three = torch.tensor([0, 1, 1])
 def test_bad_input_is_refused_in_a_line(call, message):
     with pytest.raises(ValueError, match=message) as caught: call()
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- on the harness
+
+def tiny(n=300):
+    "Noise with 3 classes, a tenth of which conflicts, with every cell."
+    y = torch.arange(n) % 3
+    a = torch.where(torch.arange(n) % 10 == 0, (y + 1 + torch.arange(n) // 10 % 2) % 3, y)
+    return BiasedDataset(torch.randint(0, 256, (n, 3, 28, 28), generator=seeded(3)).byte(), y, a)
+
+
+def run_of(**fields):
+    "A run on the real harness, and what `fit` would be given."
+    config = Config(width=4, batch_size=20, steps=6, eval_every=3, conflict_ratio=.1, precision="fp32", **fields)
+    run = Run(config, 5, tiny())
+    return run, run.prepare()
+
+
+def test_balanced_batches_on_the_harness():
+    run, setup = run_of(reweighting="rules.balanced")
+    drawn, again = list(setup["batches"]), list(run_of(reweighting="rules.balanced")[1]["batches"])
+    groups = cells(run.train.y, run.train.a)
+    expected = weighted_batches(1 / groups.bincount()[groups].double(), 20, 6, seeded(5))
+    assert all(map(torch.equal, drawn, expected)) and all(map(torch.equal, drawn, again)) and len(drawn) == 6
+
+
+def test_subsampled_batches_on_the_harness():
+    run, setup = run_of(reweighting="rules.subsampled")
+    drawn, counts = torch.cat(list(setup["batches"])), cells(run.train.y, run.train.a).bincount()
+    assert len(drawn) == 120
+    kept = drawn.unique()
+    assert cells(run.train.y, run.train.a)[kept].bincount().tolist() == [int(counts.min())] * 9
+
+
+def test_losses_on_the_harness():
+    _, setup = run_of(reweighting="rules.group_dro(step_size=0.5, adjustment=2.0)")
+    loss, batches = setup["loss"], list(setup["batches"])
+    assert isinstance(loss, GroupDRO) and loss.step_size == .5 and len(loss.q) == 9 and len(batches) == 6
+    assert loss.margins.tolist() == pytest.approx([2 / math.sqrt(n) for n in loss.groups.bincount().tolist()])
+    _, setup = run_of(reweighting="rules.biased(q=0.5)")
+    logits = torch.tensor([[0., 0, 0, 0]])
+    assert setup["loss"](logits, torch.tensor([2]), None).item() == pytest.approx((1 - .25 ** .5) / .5)
+
+
+@pytest.mark.parametrize("sparsity, storage", [("dense", "masked"), ("masks.RigL", "compact"), ("masks.RigL", "masked")])
+def test_lff_on_the_harness(sparsity, storage):
+    run, setup = run_of(reweighting="rules.lff(q=0.6, decay=0.5)", sparsity=sparsity, storage=storage)
+    loss = setup["loss"]
+    torch.manual_seed(5)
+    first = cnn(width=4)
+    assert all(map(torch.equal, first.parameters(), loss.twin.parameters()))  # dense, with the run's first weights
+    assert loss.optimizer.param_groups[0]["lr"] == run.config.lr and loss.decay == .5
+    fit(valid=run.train, eval_every=3, **setup)
+    assert run.trained == loss.trained == 120
+    assert not torch.equal(first[0].weight, loss.twin[0].weight) and loss.averages.count_nonzero() == 240
