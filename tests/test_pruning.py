@@ -337,6 +337,14 @@ def test_itop_grows_at_random_among_the_new():
     assert grown(0) == grown(0) and len({grown(seed) for seed in range(5)}) == 5
 
 
+def test_itop_leaves_given_masks_alone():
+    layer, given_masks = bare([1., 2, 0, 0]), {"weight": bits(1, 1, 0, 0)}
+    optimizer = sgd(layer)
+    method = ITOP(layer, optimizer, delta_t=1, t_end=9, drop_fraction=1, masks=given_masks)
+    step(layer, optimizer, method, [0.] * 4)
+    assert given_masks["weight"].equal(bits(1, 1, 0, 0)) and method.explored == .75  # int(.97 · 2) = 1 is new
+
+
 # ------------------------------------------------------------------------------- dropping, combining
 
 def test_sensitivity_by_hand():
@@ -446,8 +454,9 @@ def test_first_masks_of_a_run(text, trained):
         assert {name: int(mask.sum()) for name, mask in masks.items()} == keep_counts(maskable(run.model), .3, erk)
 
 
-def test_the_distribution_of_a_run_is_followed():
-    run = Run(changed(initial="pruning.magnitude", distribution="uniform"), 1, split("train"))
+@pytest.mark.parametrize("text", ["magnitude", "rewound(steps=1)"])
+def test_the_distribution_of_a_run_is_followed(text):
+    run = Run(changed(initial=f"pruning.{text}", distribution="uniform"), 1, split("train"))
     assert all(abs(mask.float().mean() - .3) < .02 for mask in run.call("initial").values())
 
 
