@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PAGES', 'COMMANDS', 'fetch', 'sets', 'build', 'compile', 'row', 'search', 'seconds', 'speed', 'table', 'page', 'show',
-           'check', 'clean', 'rerun', 'main']
+           'untuned', 'check', 'clean', 'rerun', 'main']
 
 # %% ../nbs/0d_commands.ipynb #f4ddf409
 import argparse
@@ -26,7 +26,7 @@ def sets(root, setting):
     from rest_nb.data import examples, save
     from rest_nb.configs import read_params, rows
     from rest_nb.experiments import write_json
-    params = read_params(root / "params.yaml")
+    params = untuned(read_params(root / "params.yaml"))
     if setting not in params["settings"]:
         raise ValueError(f"params.yaml has no {setting!r} in settings; expected one of {', '.join(params['settings'])}")
     config = next((config for budget in params["budgets"]
@@ -131,10 +131,17 @@ def show(root, budget):
           f"Open them with:      .venv/bin/jupyter lab runs/{budget}   (the library: make lab)")
 
 
+def untuned(params):
+    "The same params, but with no budget laid under the winners of a search: they may still have to be found."
+    budgets = {name: dict(budget, tuned=False) if isinstance(budget, dict) else budget
+               for name, budget in params["budgets"].items()}
+    return dict(params, budgets=budgets)
+
+
 def check(root):
     "Check every configuration that params.yaml can make."
     from rest_nb.configs import read_params, rows
-    params = read_params(root / "params.yaml")
+    params = untuned(read_params(root / "params.yaml"))
     for budget in params["budgets"]: rows(params, budget)
 
 

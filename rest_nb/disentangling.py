@@ -25,7 +25,7 @@ def encoder(model):
 class Disentangled(nn.Module):
     """Two encoders and two heads in one network: inputs to the logits of the `intrinsic_head`, which sees both.
 
-    Lee et al. (2021), §3.2. `intrinsic`, `bias`: networks that end in a linear layer of as many outputs; their
+    Lee et al. (2021). `intrinsic`, `bias`: networks that end in a linear layer of as many outputs; their
     last layers are cut off. `features`: in training (z_i, z_b) of the last batch, until a loss takes them.
     Raises `ValueError` as `encoder` does.
     """
@@ -49,7 +49,7 @@ class Disentangled(nn.Module):
 class DisEnt(Difficulty):
     """A loss `loss(logits, y, index)` for a `Disentangled` model, which has just made these `logits` of the batch.
 
-    Lee et al. (2021), eq. 1-4. `targets`: of all training samples (int64, N). From step `swap_from` on, counted
+    Lee et al. (2021). `targets`: of all training samples (int64, N). From step `swap_from` on, counted
     from 0 (`number`), bias features are shuffled, by `generator`. `dis`, `swap`, `swap_b`: λ. `q`, `decay`: as in
     `rules.LfF`. Raises `ValueError` for a λ below 0, a `q` or a `decay` out of range, and without features.
     """

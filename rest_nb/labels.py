@@ -15,6 +15,7 @@ def coded(name, labels, n):
     Raises `ValueError`, naming `name` and value or position, unless there are `n` of them, none missing,
     all whole numbers, all text or all bools.
     """
+    if labels is None: raise ValueError(f"{name} is None; expected a label for each image")
     labels = getattr(labels, "tolist", lambda: labels)()
     labels = [label.item() if hasattr(label, "item") else label for label in labels]
     if len(labels) != n: raise ValueError(f"{name} has {len(labels)} labels; expected {n}, one an image")
@@ -23,7 +24,7 @@ def coded(name, labels, n):
     kinds = {type(label) for label in labels}
     if len(kinds) > 1 or not kinds <= {int, str, bool}:
         raise ValueError(f"{name} holds {' and '.join(sorted(kind.__name__ for kind in kinds))}; "
-                         "expected whole numbers, text or bools, all of one kind")
+                         f"expected whole numbers, text or bools, all of one kind: by {name}.astype(int) or {name}.astype(str)")
     values = sorted(set(labels))
     if "" in values: raise ValueError(f"{name}[{labels.index('')}] is empty; expected a label for each image")
     number = {value: i for i, value in enumerate(values)}
@@ -36,7 +37,7 @@ def check_classes(classes):
     if type(classes[0]) is not int: return
     gap = next((low + 1 for low, high in zip(classes, classes[1:]) if high > low + 1), None)
     if gap is not None: raise ValueError(f"y has no {gap} between {classes[0]} and {classes[-1]}; "
-                                         f"expected no gap, or names like 'class {gap}'")
+                                         "expected no gap, or names: y.astype(str)")
 
 # %% ../nbs/01_labels.ipynb #5ea673f9
 def attribute_codes(table, fixed=()):

@@ -26,7 +26,8 @@ def as_images(x):
 
     Raises `ValueError`, naming type or shape, for other ones.
     """
-    x = x if isinstance(x, torch.Tensor) else np.asarray(x)
+    try: x = x if isinstance(x, torch.Tensor) else np.asarray(x)
+    except ValueError: raise ValueError("x holds images of different shapes; expected one: resize them") from None
     if str(x.dtype) not in ("uint8", "torch.uint8"):
         raise ValueError(f"x is {x.dtype}; expected uint8, 0 to 255: from [0, 1] by np.uint8(255 * x)")
     x = x.cpu() if isinstance(x, torch.Tensor) else torch.from_numpy(np.require(x, requirements="CW"))
@@ -55,24 +56,25 @@ def from_arrays(x, y, a=None, *, aligned=None):
     `aligned`: {class: attribute value} for pairs that are known; otherwise as in `attribute_codes`.
     Raises `ValueError`, in one line, for what does not fit.
     """
-    return _named(as_images(x), y, a, aligned, slice(None))
+    x = as_images(x)
+    return NamedDataset(x, **_named(len(x), y, a, aligned))
 
 
-def _named(x, y, a, aligned, rows):
-    "`from_arrays`, pairing by the samples `rows`."
-    y, classes = coded("y", y, len(x))
+def _named(n, y, a, aligned, rows=slice(None)):
+    "What a `NamedDataset` of `n` images has besides them, as keyword arguments; paired by the samples `rows`."
+    y, classes = coded("y", y, n)
     check_classes(classes)
-    named = dict(x=x, y=torch.from_numpy(y), num_classes=len(classes), classes=tuple(map(str, classes)))
+    named = dict(y=torch.from_numpy(y), num_classes=len(classes), classes=tuple(map(str, classes)))
     if a is None:
         if aligned: raise ValueError("aligned is given and a is None; expected the bias attributes too")
-        return NamedDataset(a=None, **named)
-    a, values = coded("a", a, len(x))
+        return dict(named, a=None)
+    a, values = coded("a", a, n)
     table = np.zeros((len(classes), len(values)), dtype=np.int64)
     np.add.at(table, (y[rows], a[rows]), 1)
     codes = attribute_codes(table, positions(aligned or {}, classes, values))
     name = {code: str(value) for code, value in zip(codes.tolist(), values)}
     attributes = tuple(name.get(code, "") for code in range(max(len(classes), codes.max() + 1)))
-    return NamedDataset(a=torch.from_numpy(codes[a]), attributes=attributes, **named)
+    return dict(named, a=torch.from_numpy(codes[a]), attributes=attributes)
 
 # %% ../nbs/01_own_data.ipynb #7516b8dd
 def names(data):
@@ -102,12 +104,14 @@ def _counts(data):
 # %% ../nbs/01_own_data.ipynb #81fe5f57
 def report(sets):
     """Print the table of `cells` of {split: BiasedDataset}, the pairs that are aligned,
-    and the cells without a sample."""
+    how many samples conflict, and the cells without a sample."""
     table, first = cells(sets), next(iter(sets.values()))
     print(table.to_string())
     pairs = [] if first.a is None else [f"({y}, {a or 'none'})" for y, a in zip(*names(first))]
     empty = [f"{split} ({y}, {a})" for (split, y), row in table.iterrows() for a, n in row.items() if n == 0]
     print("aligned (y, a):", ", ".join(pairs) or "not known")
+    if pairs: print("conflicting:", ", ".join(f"{int(data.is_conflicting.sum())} of {len(data)} in {split}"
+                                              for split, data in sets.items()))
     print("without a sample:", ", ".join(empty) or "no cell")
 
 # %% ../nbs/01_own_data.ipynb #8c2d9f89
@@ -127,8 +131,9 @@ def split(data, valid=0.1, test=0.2, seed=0):
     """Cut `data` into {"train", "valid", "test": BiasedDataset}, each (y, a) cell by itself (`split_counts`).
 
     Prints the table of cells. Deterministic in `seed`; where `a` is not known, classes are cut by themselves.
-    Raises `ValueError` for shares that leave nothing for a split.
+    Raises `ValueError` for shares that leave nothing for a split, and for what is split already.
     """
+    if isinstance(data, dict): raise ValueError(f"data is split already, into {', '.join(data)}; use these")
     shares = np.array([1 - valid - test, valid, test])
     if not (shares > 1e-9).all():
         raise ValueError(f"valid is {valid} and test is {test}; expected shares above 0, some left for train")
@@ -201,10 +206,11 @@ def from_folder(folder, csv="labels.csv", *, size=None, aligned=None):
     for line, name in table.file.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{path}, line {line}: {folder / name} is no file; expected an image")
-    x = torch.from_numpy(read_images([folder / name for name in table.file], size=size))
     rows = (table.split == "train").to_numpy() if has_splits else slice(None)
-    try: data = _named(x, table.y, table.get("a"), aligned, rows)
+    try: labels = _named(len(table), table.y, table.get("a"), aligned, rows)
     except ValueError as error: raise ValueError(f"{path}: {error}") from None
+    x = torch.from_numpy(read_images([folder / name for name in table.file], size=size))
+    data = NamedDataset(x, **labels)
     if not has_splits: return data
     sets = {name: take(data, np.flatnonzero(table.split == name)) for name in SPLITS}
     report(sets)

@@ -141,9 +141,12 @@ class Momentum(RigL):
 
 # %% ../nbs/03_pruning.ipynb #55dab10e
 class ITOP(SET):
-    "SET that grows at random where no weight has been (Liu et al., 2021); where that runs out, anywhere."
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    """SET that grows at random where no weight has been (Liu et al., 2021); where that runs out, anywhere.
+
+    `longer`: so many times `delta_t` lie between updates, as weights need time to show what they are good for.
+    """
+    def __init__(self, *args, delta_t, longer=1, **kwargs):
+        super().__init__(*args, delta_t=longer * delta_t, **kwargs)
         self.ever = {layer: layer.mask.clone() for layer in self.layers.values()}
 
     def update(self):

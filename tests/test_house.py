@@ -56,9 +56,9 @@ def stages(): return yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
 def rows_stage(budget):
-    "Faces have a pipeline of their own."
-    if budget == "faces": return yaml.safe_load((ROOT / "runs" / "faces" / "dvc.yaml").read_text())["stages"]["rows"]
-    return stages()[f"{budget}-rows"]
+    "Faces and rivals have pipelines of their own."
+    own = ROOT / "runs" / budget / "dvc.yaml"
+    return yaml.safe_load(own.read_text())["stages"]["rows"] if own.is_file() else stages()[f"{budget}-rows"]
 
 
 @pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces"])
@@ -67,7 +67,18 @@ def test_rows_depend_on_the_modules_they_use_and_no_others(budget):
     assert set(rows_stage(budget)["deps"]) == code | {"nbs/11_row.ipynb", "sets/${item.setting}.npz"}
 
 
-@pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces"])
+def test_the_search_and_the_ranking_depend_on_all_that_methods_name():
+    stages = yaml.safe_load((ROOT / "runs" / "rivals" / "dvc.yaml").read_text())["stages"]
+    params = read_params(ROOT / "params.yaml")
+    said = [text for method in params["methods"].values() for text in method.values() if type(text) is str and "." in text]
+    rooms = {f"rest_nb/{module}.py" for module in code_of(*said)}
+    searched, made = ({dep for dep in stages[name]["deps"] if dep.startswith("rest_nb/")} for name in ("search", "rows"))
+    assert searched == rooms | {"rest_nb/search.py"} and made == rooms | {"rest_nb/notebooks.py"}
+    assert "runs/search/${item.setting}-${item.method}.json" in stages["rows"]["deps"]
+    assert stages["search"]["matrix"] == stages["rows"]["matrix"] and "grids.${item.method}" in stages["search"]["params"]
+
+
+@pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces", "rivals"])
 def test_stages_are_the_rows_of_params(budget):
     params, stage = read_params(ROOT / "params.yaml"), rows_stage(budget)
     assert stage["matrix"] == dict(setting=named(params, budget, "settings"), method=named(params, budget, "methods"))

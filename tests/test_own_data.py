@@ -178,7 +178,19 @@ def test_the_report_starts_with_the_table_and_names_empty_cells(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[:6]] == [["a", "p", "q"], ["split", "y"], ["train", "u", "1", "1"], ["v", "1", "2"],
                                                     ["test", "u", "1", "0"], ["v", "0", "1"]]
-    assert lines[6:] == ["aligned (y, a): (u, p), (v, q)", "without a sample: test (u, q), test (v, p)"]
+    assert lines[6:] == ["aligned (y, a): (u, p), (v, q)", "conflicting: 2 of 5 in train, 0 of 2 in test",
+                         "without a sample: test (u, q), test (v, p)"]
+
+
+def test_what_is_split_already_is_not_split_again():
+    sets = split(from_arrays(numbered(40), [0, 1] * 20, [0, 1] * 20))
+    with pytest.raises(ValueError, match="split already, into train, valid, test; use these"): split(sets)
+
+
+def test_images_of_different_sizes_and_no_labels_are_refused_in_a_line():
+    with pytest.raises(ValueError, match="^x holds images of different shapes; expected one: resize them$"):
+        from_arrays([np.zeros((4, 4), np.uint8), np.zeros((5, 4), np.uint8)], [0, 1])
+    with pytest.raises(ValueError, match="^y is None; expected a label for each image$"): from_arrays(numbered(2), None)
 
 
 def test_the_report_says_what_is_not_known_and_what_nobody_has(capsys):
@@ -375,8 +387,9 @@ bad_tables = [
 
 
 @pytest.mark.parametrize("columns, said", bad_tables)
-def test_a_bad_table_is_refused_in_a_line_that_names_the_place(columns, said, folder, capsys):
+def test_a_bad_table_is_refused_in_a_line_that_names_the_place(columns, said, folder, capsys, monkeypatch):
     folder.write(**columns)
+    monkeypatch.setattr(own_data, "read_images", lambda *args, **options: pytest.fail("an image was opened"))
     with pytest.raises((OSError, ValueError), match=said) as caught: from_folder(folder)
     assert str(caught.value).startswith(str(folder / "labels.csv")) and "\n" not in str(caught.value)
     assert not capsys.readouterr().out

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from rest_nb.configs import configure, read_params
 from rest_nb.data import load
 from rest_nb.search import candidates, judge, search_row, without_test
 
+ROOT = Path(__file__).parents[1]
 GRIDS = dict(ERM=dict(lr=[.001, .05]), ReW=dict(upweight=[1, 20]))
 SEARCHED = dict(copy.deepcopy(STUDY), grids=GRIDS)
 SEARCHED["budgets"]["search"] = dict(STUDY["budgets"]["tiny"], seeds=[7])
@@ -106,3 +108,15 @@ def test_what_was_tried_with_other_code_is_tried_again(root, monkeypatch):
     monkeypatch.setattr(search, "code_hash", lambda config: "another")
     asked = scripted(monkeypatch, {.001: .9, .05: .3})
     assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .001} and asked == [.001, .05]
+
+
+def test_the_study_tries_four_of_each_method():
+    params = read_params(ROOT / "params.yaml")
+    assert set(params["grids"]) == set(params["methods"])
+    for method in params["methods"]:
+        tried = candidates(params, method)
+        assert len(tried) == 4
+        base = configure(params, "search", "cmnist-0005", method)
+        assert len({dataclasses.replace(base, **fields) for fields in tried}) == 4  # each is a configuration, and another
+        roles = {name: text.split("(")[0] for fields in tried for name, text in fields.items() if type(text) is str}
+        assert all(getattr(base, name).split("(")[0] == said for name, said in roles.items())  # another option, not another method
