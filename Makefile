@@ -9,7 +9,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export OMP_WAIT_POLICY := passive
 NOTEBOOKS := $(wildcard nbs/[023]*.ipynb)
 
-.PHONY: help install repro test lab study speed export data
+.PHONY: help install repro test lab study rivals speed export data
 
 help: ## Show what each target does
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1	/' | expand -t 18
@@ -38,8 +38,8 @@ data: install ## Fetch the raw images, by hash
 
 test: data ## Check export, notebooks, library (pytest) and every stored output (nbval); about 5 minutes
 	@.ci/exported
-	pytest tests
-	pytest -q --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg $(NOTEBOOKS)
+	pytest -n 2 --dist loadfile tests
+	pytest -n 2 --dist loadfile -q --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg $(NOTEBOOKS)
 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
@@ -49,6 +49,9 @@ study: install ## Bring the stored long studies, their pages and the README's ta
 	$(if $(REST_NB_FACES),dvc repro runs/faces/dvc.yaml:faces)
 	$(RUN) page cpu
 	$(RUN) page objects
+
+rivals: install ## Search settings for every method of params.yaml and train all (five to six hours; no page shows it yet)
+	dvc repro runs/rivals/dvc.yaml:rivals
 
 speed: install ## Time networks, and the making of batches, on this machine (7 minutes, nothing else running)
 	$(RUN) speed

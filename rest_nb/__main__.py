@@ -140,9 +140,12 @@ def untuned(params):
 
 def check(root):
     "Check every configuration that params.yaml can make."
-    from rest_nb.configs import read_params, rows
+    from rest_nb.configs import named, read_params, rows
     params = untuned(read_params(root / "params.yaml"))
     for budget in params["budgets"]: rows(params, budget)
+    if params.get("grids"):
+        from rest_nb.search import configurations
+        for method in params["grids"]: configurations(params, named(params, "search", "settings")[0], method)
 
 
 def clean(root, *paths):
@@ -181,7 +184,7 @@ def main(words=None):
     taken = vars(parser.parse_args(words))
     words = [w for value in list(taken.values())[1:] for w in ([value] if isinstance(value, str) else value)]
     try: COMMANDS[taken["command"]](project_root(), *words)
-    except (ValueError, RuntimeError, OSError, yaml.YAMLError) as error:
+    except (ValueError, RuntimeError, ArithmeticError, OSError, yaml.YAMLError) as error:
         print(f"rest_nb {taken['command']}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

@@ -147,7 +147,7 @@ def trained_and_masked(run, batches, steps, penalty, lr, contrast=None):
     steps = steps or run.config.steps
     dense = run.pretrain(steps=steps)
     logits = learn_mask(dense, batches(steps), run.images, run.train.y, contrast=contrast,
-                        penalty=penalty, lr=lr, seed=run.seed)
+                        penalty=penalty, lr=lr, seed=~run.seed)  # not the numbers that made the weights
     run.trained += steps * run.config.batch_size
     return dense, harden(logits, run.config.density)
 
@@ -161,7 +161,7 @@ def dcwp(run, steps=None, penalty=10., lr=0.1, contrast=0.05):
     "First masks and starting weights for a run by DCWP (Park et al., 2023). `contrast`: its weight. As `mrm`."
     weights, size = sample_weights(run.is_conflicting, run.config.upweight), run.config.batch_size
     batches = lambda steps: weighted_batches(weights, size, steps, run.generator)
-    contrast = conflicting_contrast(run.is_conflicting, contrast)
+    contrast = conflicting_contrast(run.is_conflicting, contrast) if contrast else None
     dense, masks = trained_and_masked(run, batches, steps, penalty, lr, contrast)
     run.model.load_state_dict(dense.state_dict())
     return masks

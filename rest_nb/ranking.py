@@ -45,9 +45,10 @@ def times(rows, row):
 # %% ../nbs/0f_ranking.ipynb #7bb0e696
 def is_told(config):
     "Does the method use the attribute labels of the training set, or of the validation split, to train?"
-    blind = ("none", "rules.biased", "rules.lff", "disentangling.disent")
-    uses = config["reweighting"].split("(")[0] not in blind or config["initial"].split("(")[0] == "debiasing.dcwp"
-    return config["afterwards"] != "none" or (uses and config["guess"] == "labels")
+    rule, initial = (config[role].split("(")[0] for role in ("reweighting", "initial"))
+    if config["afterwards"] != "none" or rule in ("rules.balanced", "rules.subsampled", "rules.group_dro"): return True
+    uses = rule not in ("none", "rules.biased", "rules.lff", "disentangling.disent") or initial == "debiasing.dcwp"
+    return uses and config["guess"] == "labels"
 
 
 def ranking_figure(rows, setting):
@@ -60,7 +61,7 @@ def ranking_figure(rows, setting):
         ax.errorbar(times(rows, row), s["mean"], s["ci95"], fmt="o", color=colour, capsize=2, lw=.7,
                     mfc=colour if is_told(stored["config"]) else "white")
         ax.annotate(row[1], (times(rows, row), s["mean"]), xytext=(5, 3), textcoords="offset points", fontsize=8)
-    for label, colour, fill in (("dense", "tab:blue", "tab:blue"), ("sparse", "tab:red", "tab:red"), ("not told who conflicts", "grey", "white")):
+    for label, colour, fill in (("dense", "tab:blue", "tab:blue"), ("sparse", "tab:red", "tab:red"), ("not told in training", "grey", "white")):
         ax.plot([], [], "o", color=colour, mfc=fill, label=label)
     ax.set(xscale="log", ylim=(0, 1), xlabel="training FLOPs, of ERM's", ylabel="accuracy, conflicting test images", title=setting)
     ax.grid(lw=.4)

@@ -47,6 +47,7 @@ def test_seconds_are_means_of_what_was_stored(tmp_path):
 @pytest.mark.parametrize("config, told", [
     (dict(), False), (dict(reweighting="reweighting.sample"), True), (dict(reweighting="rules.group_dro(step_size=0.1)"), True),
     (dict(reweighting="reweighting.sample", guess="guesses.errors(steps=3)"), False), (dict(reweighting="rules.lff"), False),
+    (dict(reweighting="rules.balanced", guess="guesses.errors(steps=3)"), True),  # asks for cells whatever is guessed
     (dict(reweighting="disentangling.disent(dis=0.1)"), False), (dict(initial="debiasing.mrm"), False),
     (dict(initial="debiasing.dcwp(penalty=1.0)"), True), (dict(afterwards="guesses.dfr"), True)])
 def test_who_is_told_who_conflicts(config, told): assert is_told(stored([1], 1, **config)["config"]) == told

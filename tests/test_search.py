@@ -12,6 +12,7 @@ from test_experiments import STUDY, make_root, split_of
 from rest_nb import search
 from rest_nb.configs import configure, read_params
 from rest_nb.data import load
+from rest_nb.experiments import run_row, run_seed
 from rest_nb.search import candidates, judge, search_row, without_test
 
 ROOT = Path(__file__).parents[1]
@@ -63,13 +64,40 @@ def test_the_winner_is_the_best_on_validation_and_the_first_of_ties(root, monkey
                      "tiny", "blobs", "ERM").lr == .2
 
 
+def test_of_equals_the_better_average_wins_and_what_diverged_never(root, monkeypatch):
+    params = copy.deepcopy(SEARCHED)
+    params["grids"] = dict(ERM=dict(lr=[.1, .2, .3]))
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    worths = {.1: (-1., -1.), .2: (0., .4), .3: (0., .5)}
+    monkeypatch.setattr(search, "judge", lambda config, split, progress: dict(
+        zip(("worst_group", "unbiased"), worths[config.lr]), conflicting=0., step=1))
+    assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .3}
+    worths.update({.2: (-1., -1.), .3: (-1., -1.)})
+    with pytest.raises(FloatingPointError, match="blobs ERM: every candidate"): search_row(root, "blobs", "ERM")
+
+
+@pytest.mark.parametrize("grid, said", [(dict(rl=[1, 2]), "grids.ERM: .*rl"), (dict(lr=[0, 1]), "grids.ERM: lr is 0")])
+def test_a_grid_of_what_is_no_configuration_is_named(grid, said):
+    with pytest.raises(ValueError, match=said): search.configurations(dict(SEARCHED, grids=dict(ERM=grid)), "blobs", "ERM")
+
+
+def test_a_tuned_row_is_trained_with_what_has_won(root):
+    "Search, then row, as the stages do."
+    params = dict(SEARCHED, budgets=dict(SEARCHED["budgets"], tiny=dict(SEARCHED["budgets"]["tiny"], tuned=True, methods=["ERM"], settings=["blobs"])))
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    winner = search_row(root, "blobs", "ERM")["winner"]
+    row = run_row(root, "tiny", "blobs", "ERM")
+    assert winner["lr"] in GRIDS["ERM"]["lr"] and row["config"]["lr"] == winner["lr"]
+
+
 def test_a_candidate_is_judged_by_its_best_evaluation():
     config = configure(SEARCHED, "search", "blobs", "ReW")
-    from rest_nb.experiments import run_seed
     history = run_seed(config, 7, split_of(config))[0]["history"]
     best = max(history, key=lambda h: (h["worst_group"], h["step"]))
     assert judge(config, split_of(config)) == {name: best[name] for name in ("worst_group", "unbiased", "conflicting", "step")}
-    assert judge(dataclasses.replace(config, lr=1e30), split_of(config))["worst_group"] == 0
+    assert judge(dataclasses.replace(config, lr=1e30), split_of(config))["worst_group"] < 0
+    before = dataclasses.replace(config, lr=1e30, guess="guesses.errors(steps=4)")  # what is trained before diverges
+    assert judge(before, split_of(config))["worst_group"] < 0
 
 
 def test_the_real_search_never_reads_the_test_split(root, monkeypatch):
@@ -116,7 +144,9 @@ def test_the_study_tries_four_of_each_method():
     for method in params["methods"]:
         tried = candidates(params, method)
         assert len(tried) == 4
-        base = configure(params, "search", "cmnist-0005", method)
+        base = configure(params, "search", "cmnist-0005", method)  # 0.01 is the settings' rate
         assert len({dataclasses.replace(base, **fields) for fields in tried}) == 4  # each is a configuration, and another
+        default = dataclasses.replace(base, **tried[0])
+        assert all(getattr(base, name) == getattr(default, name) or "(" in str(getattr(default, name)) for name in tried[0])
         roles = {name: text.split("(")[0] for fields in tried for name, text in fields.items() if type(text) is str}
         assert all(getattr(base, name).split("(")[0] == said for name, said in roles.items())  # another option, not another method
