@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .masks import maskable
+from .masks import largest, maskable
 from .reweighting import cross_entropy, sample_weights, weighted_batches
 
 # %% ../nbs/07_debiasing.ipynb #07489954
@@ -112,8 +112,7 @@ def harden(logits, density=None):
         raise ValueError(f"density is {density}; expected a share in (0, 1] "
                          f"that leaves {len(flat)} weights one for each of {len(sizes)} layers")
     for part in flat.split(sizes): part[part.argmax()] = math.inf
-    kept = torch.zeros_like(flat, dtype=torch.bool)
-    kept[flat.argsort(descending=True, stable=True)[:round(density * len(flat))]] = True
+    kept = largest(flat, round(density * len(flat)))
     return {name: part.view_as(pi) for (name, pi), part in zip(logits.items(), kept.split(sizes))}
 
 # %% ../nbs/07_debiasing.ipynb #8661556f

@@ -14,9 +14,10 @@ from scipy.optimize import brentq
 from torch import nn
 from torch.nn import functional as F
 
-from rest_nb.masks import SET, RigL, StaticSparse, drop_and_grow, erk, keep_counts, maskable, random_mask
+from rest_nb.masks import SET, RigL, StaticSparse, drop_and_grow, erk, first_masks, keep_counts, largest, maskable, random_mask
 from rest_nb.masks import uniform
 from rest_nb.models import cnn
+from rest_nb.sparse import sparsify
 
 # Derandomised: what passed today passes tomorrow. No deadline: the machine may be busy.
 few, many = (settings(max_examples=n, deadline=None, derandomize=True) for n in (60, 300))
@@ -662,3 +663,56 @@ def test_on_a_gpu(kind):
             assert weight.is_cuda and there.masks[name].is_cuda
             assert there.masks[name].sum() == here.masks[name].sum() and not weight[~there.masks[name]].any()
             assert not any(state[~there.masks[name]].any() for state in memories(optimizer, weight))
+
+
+# --------------------------------------------------------------------------------- masks that are given
+
+def diagonals(model): return {name: torch.eye(*w.shape).bool() for name, w in maskable(model).items()}
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["masked", "compact"])
+def test_given_masks_are_taken_as_they_are(store):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    masks, before = diagonals(model), {name: w.detach().clone() for name, w in maskable(model).items()}
+    model = sparsify(model, masks=masks) if store else model
+    sparse = SET(model, sgd(model), masks=None if store else masks, delta_t=1, t_end=9)
+    assert {name: mask.tolist() for name, mask in sparse.masks.items()} == {name: mask.tolist() for name, mask in masks.items()}
+    for name, layer in sparse.layers.items(): assert torch.equal(layer.dense(), before[name] * masks[name])
+    assert sparse.kept_at(5) == {"0.weight": 3, "2.weight": 2}
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"0.weight": None}, r"^the mask of 0.weight is missing; expected bool of 4×3"),
+    ({"2.weight": torch.ones(2, 3).bool()}, r"^the mask of 2.weight is torch.bool of 2×3, 6 kept; expected bool of 2×4"),
+    ({"2.weight": torch.ones(2, 4)}, "^the mask of 2.weight is torch.float32"),
+    ({"0.weight": torch.zeros(4, 3).bool()}, "^the mask of 0.weight is torch.bool of 4×3, 0 kept; .* 1 kept or more$")])
+def test_masks_that_do_not_fit_are_refused_by_name(changes, said):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    for take in (lambda masks: StaticSparse(model, sgd(model), masks=masks), lambda masks: sparsify(model, masks=masks)):
+        with pytest.raises(ValueError, match=said): take(diagonals(model) | changes)
+
+
+def test_how_sparse_is_said_once():
+    model = linear(3, 4)
+    for take in (lambda: first_masks(maskable(model), .5, masks=diagonals(model)), lambda: sparsify(model, .5, masks=diagonals(model)),
+                 lambda: StaticSparse(model, sgd(model), .5, masks=diagonals(model))):
+        with pytest.raises(ValueError, match="^density is 0.5 and masks are given"): take()
+    model = sparsify(model, .5)
+    with pytest.raises(ValueError, match="stored sparse already"): StaticSparse(model, sgd(model), masks={"weight": torch.ones(4, 3).bool()})
+
+
+@many
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=12), st.data())
+def test_largest_is_a_sort(scores, data):
+    k = data.draw(st.integers(0, len(scores)))
+    top = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
+    for kind in (torch.float32, torch.int64):
+        assert largest(torch.tensor(scores, dtype=kind), k).nonzero().flatten().tolist() == sorted(top)
+
+
+def test_growth_does_not_repeat_the_numbers_of_the_first_masks():
+    "Else SET would grow where the first mask's draw points to."
+    model = linear(30, 30)
+    drawn = torch.rand(30, 30, generator=torch.Generator().manual_seed(7))
+    sparse = SET(model, sgd(model), .1, seed=7, delta_t=1, t_end=9)
+    assert not torch.equal(sparse.grow_scores(sparse.layers["weight"]), drawn)

@@ -6,7 +6,7 @@ from torch import nn
 
 from rest_nb.cost import forward_flops
 from rest_nb.masks import maskable
-from rest_nb.models import NETWORKS, cnn, resnet18, resnet34
+from rest_nb.models import NETWORKS, cnn, resnet18, resnet34, with_dropout
 from rest_nb.shim import load_torchvision
 from rest_nb.sparse import SparseConv2d, sparsify
 
@@ -116,3 +116,21 @@ def test_networks_can_be_measured_without_memory():
     with torch.device("meta"): model = resnet34(1000, width=512)
     assert weights(model) == 147 * 512 + 5190 * 512 ** 2 + 8 * 512 * 1000
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_dropout_is_before_the_last_layer_and_in_training_only(name):
+    torch.manual_seed(0)
+    plain = NETWORKS[name](10, 8).eval()
+    torch.manual_seed(0)
+    model, seen = with_dropout(NETWORKS[name](10, 8), .25).eval(), []
+    x = torch.rand(64, 3, 32, 32)
+    [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1].register_forward_pre_hook(lambda layer, inputs: seen.append(*inputs))
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+        [layer for layer in model.modules() if isinstance(layer, nn.Dropout)][-1].train()  # batch-norm stays as it is
+        model(x)
+    kept, alive = seen[1] != 0, seen[0] != 0
+    assert torch.allclose(seen[1][kept], seen[0][kept] / .75)
+    n = int(alive.sum())
+    assert abs(int((alive & ~kept).sum()) - .25 * n) < 5 * (n * .25 * .75) ** .5 and n > 1000
