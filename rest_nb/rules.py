@@ -182,21 +182,21 @@ class LfF(Difficulty):
     """A loss, `loss(logits, y, index)`, that counts samples by how much harder a biased `twin` finds them,
     and trains the twin as it goes.
 
-    Nam et al. (2020), Algorithm 1. `y`: all training targets (int64, N). `images`: the twin's input for an
-    `index`. `optimizer`: the twin's; `hooks`: around its step, for a sparse twin. `q`: see
+    Nam et al. (2020), Algorithm 1. `y`: all training targets (int64, N). `answer(twin, index)`: the twin's
+    logits. `optimizer`: the twin's; `hooks`: around its step, for a sparse twin. `q`: see
     `generalised_cross_entropy`. `decay`: see `Difficulty`.
     `trained`: on how many images the twin was, for `cost_multiple`. All that changes is in its `state_dict`.
     Raises `ValueError` for a `q` or a `decay` out of range.
     """
-    def __init__(self, y, images, twin, optimizer, *, q=0.7, decay=0.7, hooks=()):
+    def __init__(self, y, answer, twin, optimizer, *, q=0.7, decay=0.7, hooks=()):
         super().__init__(y, decay)
-        self.images, self.twin, self.optimizer, self.hooks = images, twin, optimizer, hooks
+        self.answer, self.twin, self.optimizer, self.hooks = answer, twin, optimizer, hooks
         self.biased_loss, self.trained = generalised_cross_entropy(q), 0
 
     def forward(self, logits, y, index):
         "The mean of W(x) × cross-entropy; the twin takes a step."
         self.twin.train()
-        biased = self.twin(self.images(index)).float()
+        biased = self.answer(self.twin, index).float()
         each = F.cross_entropy(logits, y, reduction="none")
         now = torch.stack([F.cross_entropy(biased, y, reduction="none"), each]).detach()
         weights = self.weigh(now.to(self.averages), index)
@@ -246,4 +246,4 @@ def lff(run, q=0.7, decay=0.7):
     "LfF, with a dense twin that starts as the run's own network does."
     twin = copy.deepcopy(run.model)
     run.trained += run.config.steps * run.config.batch_size
-    return dict(loss=LfF(run.train.y, run.images, twin, run.optimizer(twin), q=q, decay=decay))
+    return dict(loss=LfF(run.train.y, run.logits, twin, run.optimizer(twin), q=q, decay=decay))

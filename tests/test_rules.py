@@ -272,7 +272,7 @@ def test_lff_is_algorithm_1_written_out():
     torch.manual_seed(0)
     twin, model = nn.Linear(3, 3), nn.Linear(3, 3)
     other_twin, other = copy.deepcopy(twin), copy.deepcopy(model)
-    lff = LfF(y, x.__getitem__, twin, torch.optim.SGD(twin.parameters(), .2), q=.6, decay=.5)
+    lff = LfF(y, lambda twin, index: twin(x[index]), twin, torch.optim.SGD(twin.parameters(), .2), q=.6, decay=.5)
     average, seen = {}, 0
     for index in torch.randint(12, (5, 4), generator=g):
         index = index.unique()  # each sample once
@@ -308,7 +308,7 @@ def test_lff_goes_on_where_it_stopped(tmp_path):
     def made():
         torch.manual_seed(0)
         twin = nn.Linear(2, 2)
-        return LfF(y, x.__getitem__, twin, torch.optim.SGD(twin.parameters(), .3, momentum=.9))
+        return LfF(y, lambda twin, index: twin(x[index]), twin, torch.optim.SGD(twin.parameters(), .3, momentum=.9))
 
     def some(lff, seeds):
         for seed in seeds:
@@ -329,7 +329,7 @@ def test_a_twin_can_be_sparse_too():
     twin, data = cnn(width=4), noise(40)
     optimizer = torch.optim.SGD(twin.parameters(), .05, momentum=.9)
     rigl = RigL(twin, optimizer, density=.2, delta_t=2, t_end=10)
-    lff = LfF(data.y, functools.partial(assemble, data.x), twin, optimizer, hooks=[rigl])
+    lff = LfF(data.y, lambda twin, index: twin(assemble(data.x, index)), twin, optimizer, hooks=[rigl])
     for index in shuffled_batches(40, 10, 5, seeded(0)): lff(torch.randn(10, 10), data.y[index], index)
     weights = maskable(twin).values()
     assert rigl.updates == 2 and lff.trained == 50
@@ -399,7 +399,7 @@ def by_subsampling():
 def by_lff():
     torch.manual_seed(1)
     twin = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
-    return learn(shuffled(), LfF(TRAIN.y, functools.partial(plane_of, TRAIN.x), twin,
+    return learn(shuffled(), LfF(TRAIN.y, lambda twin, index: twin(plane_of(TRAIN.x, index)), twin,
                                  torch.optim.SGD(twin.parameters(), .2)))
 
 
@@ -431,7 +431,7 @@ def noise(n, seed=0):
 def twin_of(data):
     torch.manual_seed(7)
     twin = cnn(width=4)
-    return LfF(data.y, functools.partial(assemble, data.x), twin, torch.optim.SGD(twin.parameters(), .05))
+    return LfF(data.y, lambda twin, index: twin(assemble(data.x, index)), twin, torch.optim.SGD(twin.parameters(), .05))
 
 
 RULES = {  # the rule's batches and loss, for 40 images
@@ -540,6 +540,17 @@ def test_losses_on_the_harness():
     _, setup = run_of(reweighting="rules.biased(q=0.5)")
     logits = torch.tensor([[0., 0, 0, 0]])
     assert setup["loss"](logits, torch.tensor([2]), None).item() == pytest.approx((1 - .25 ** .5) / .5)
+
+
+def test_lffs_twin_computes_in_the_precision_of_the_run():
+    seen = {}
+    for precision in ("fp32", "bf16"):
+        config = Config(width=4, batch_size=20, steps=6, eval_every=3, conflict_ratio=.1, precision=precision, reweighting="rules.lff")
+        run = Run(config, 5, tiny())
+        loss = run.prepare()["loss"]
+        loss.twin[0].register_forward_hook(lambda layer, inputs, output: seen.update({precision: output.dtype}))
+        loss(torch.zeros(20, 10), run.train.y[:20], torch.arange(20))
+    assert seen == dict(fp32=torch.float32, bf16=torch.bfloat16)
 
 
 @pytest.mark.parametrize("sparsity, storage", [("dense", "masked"), ("masks.RigL", "compact"), ("masks.RigL", "masked")])
