@@ -44,7 +44,7 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Bring the stored long studies, their pages and the README's table up to date (up to an hour)
+study: install ## Bring the stored long studies, their pages and the README's table up to date (about an hour)
 	dvc repro cpu objects
 	$(if $(REST_NB_FACES),dvc repro runs/faces/dvc.yaml:faces)
 	$(RUN) page cpu

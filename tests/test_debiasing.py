@@ -21,7 +21,7 @@ from rest_nb.debiasing import straight_through
 from rest_nb.experiments import Run, run_seed
 from rest_nb.masks import maskable
 from rest_nb.models import cnn
-from rest_nb.reweighting import cross_entropy, sample_weights, shuffled_batches, weighted_cross_entropy
+from rest_nb.reweighting import cross_entropy, sample_weights, shuffled_batches, weighted_batches, weighted_cross_entropy
 from rest_nb.rules import toy
 
 examples = settings(max_examples=50, deadline=None, derandomize=True)
@@ -400,6 +400,22 @@ def test_an_adapter_gives_masks_and_a_start(method, moved, steps):
     expected = dense if moved else initial
     for name, w in run.model.state_dict().items(): torch.testing.assert_close(w, expected[name])
     assert not torch.equal(dense["0.weight"], initial["0.weight"])
+
+
+@pytest.mark.parametrize("method", [mrm, dcwp])
+def test_an_adapter_learns_what_the_functions_learn_and_listens_to_its_options(method):
+    run, train = Run(CONFIG, 41, split("train")), split("train")
+    dense, g = Run(CONFIG, 41, train).pretrain(steps=6), seeded(41)
+    weights = torch.where(train.is_conflicting, 5., 1.).double()
+    batches, contrast = ((shuffled_batches(80, 20, 6, g), None) if method is mrm else
+                         (weighted_batches(weights, 20, 6, g), conflicting_contrast(train.is_conflicting, .05)))
+    logits = learn_mask(dense, batches, lambda index: train.x[index] / 255, train.y, contrast=contrast, penalty=10., seed=~41)
+    expected = torch.cat([m.flatten() for m in harden(logits, .3).values()])
+    found = torch.cat([m.flatten() for m in method(run).values()])
+    assert (found == expected).float().mean() > .999  # images are made another way here: a last digit may differ
+    for options in (dict(penalty=0.), dict(lr=1.), dict(steps=3), *[dict(contrast=0.), dict(contrast=5.)] * (method is dcwp)):
+        changed = torch.cat([m.flatten() for m in method(Run(CONFIG, 41, train), **options).values()])
+        assert (found == changed).float().mean() < .999, options
 
 
 @pytest.mark.parametrize("storage", ["compact", "masked"])

@@ -21,6 +21,7 @@ from rest_nb.masks import SET, RigL, StaticSparse, erk, keep_counts, maskable, u
 from rest_nb.models import cnn
 from rest_nb.pruning import (GMP, ITOP, DropAtRandom, DropBySensitivity, Momentum, grasp_scores, magnitude_scores,
                              snip_scores, top_of_all, top_of_each)
+from rest_nb.reweighting import shuffled_batches
 from rest_nb.sparse import sparsify
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -452,6 +453,26 @@ def test_first_masks_of_a_run(text, trained):
     assert run.model.training and all(p.grad is None for p in run.model.parameters())
     if "snip" not in text and "grasp" not in text:
         assert {name: int(mask.sum()) for name, mask in masks.items()} == keep_counts(maskable(run.model), .3, erk)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("kind", ["snip", "grasp"])
+def test_scores_on_the_harness_are_those_of_the_first_batches(kind, batches):
+    run = Run(changed(initial=f"pruning.{kind}(batches={batches})"), 1, split("train"))
+    kept = torch.cat([mask.flatten() for mask in run.call("initial").values()])
+    other = Run(CONFIG, 1, split("train"))
+    weights, g = maskable(other.model), torch.Generator().manual_seed(1)
+    indices = list(shuffled_batches(96, 16, batches, g))
+    T = 200 if kind == "grasp" else 1
+    loss = sum(F.cross_entropy(other.model(other.train.x[i] / 255) / T, other.train.y[i]) for i in indices) / batches
+    gradients = torch.autograd.grad(loss, weights.values(), create_graph=kind == "grasp")
+    if kind == "snip": scores = [(w * g).abs() for w, g in zip(weights.values(), gradients)]
+    else:
+        products = torch.autograd.grad(sum((g * g.detach()).sum() for g in gradients), weights.values())
+        scores = [w * h for w, h in zip(weights.values(), products)]
+    scores = torch.cat([score.detach().flatten() for score in scores])
+    close = 1e-4 * scores.abs().mean()
+    assert scores[kept].min() >= scores[~kept].max() - close and scores[kept].min() > scores.min() + close
 
 
 @pytest.mark.parametrize("text", ["magnitude", "rewound(steps=1)"])
