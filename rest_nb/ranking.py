@@ -9,8 +9,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from .experiments import read_json
 from .metrics import over_seeds
+from .rows import read_json
 
 # %% ../nbs/0f_ranking.ipynb #a1694622
 def run_seconds(root, budget, rows):
