@@ -19,7 +19,7 @@ from .configs import DISTRIBUTIONS, ROLES, Config
 from .cost import forward_flops, layer_costs, parameters, training_flops
 from .metrics import group_accuracy
 from .reweighting import cross_entropy, shuffled_batches
-from .training import ask, autocast, fit, logits_of, steps
+from .training import Fit, Steps, ask, autocast, logits_of
 
 # %% ../nbs/09_experiments.ipynb #e89fa347
 class Run:
@@ -27,11 +27,12 @@ class Run:
 
     `config`, `seed`, `train` (a `BiasedDataset`), `generator` (draws batches), `model` (dense, until `prepare` stores it sparse);
     `trained`, `asked`: images that went through a dense network of this kind, both ways or forward only, beside the run's own steps.
-    `notes`: what parts want told with the result, plain numbers by name.
+    `notes`: what parts want told with the result, plain numbers by name. `checkpoint`: where parts that train put themselves aside.
     """
-    def __init__(self, config, seed, train):
+    def __init__(self, config, seed, train, checkpoint=None):
         torch.manual_seed(seed)
-        self.config, self.seed, self.train, self.hooks, self.notes = config, seed, train, [], {}
+        self.config, self.seed, self.train, self.checkpoint = config, seed, train, checkpoint
+        self.hooks, self.notes = [], {}
         self.generator = torch.Generator().manual_seed(seed)
         self.model = config.untrained().to(memory_format=torch.channels_last)
         self.trained = self.asked = 0
@@ -89,10 +90,15 @@ class Run:
         `changes`: what else shall be different in its configuration (`steps`, `reweighting`). `seed`: another than the run's.
         """
         config = dataclasses.replace(self.config, **ROLES | changes, eval_every=1)
-        earlier = Run(config, self.seed if seed is None else seed, self.train)
-        bar = tqdm(total=config.steps, desc="before the run", unit="step", leave=False, delay=5, file=sys.stderr)
-        with bar:
-            for _ in steps(**earlier.prepare()): bar.update()
+        checkpoint = self.checkpoint and self.checkpoint.part()
+        earlier, steps = checkpoint and checkpoint.load() or (None, None)
+        if earlier is None:
+            earlier = Run(config, self.seed if seed is None else seed, self.train, checkpoint)
+            steps = Steps(**earlier.prepare())
+        with tqdm(total=config.steps, initial=steps.number, desc="before the run", unit="step", leave=False, delay=5, file=sys.stderr) as bar:
+            for number, _ in steps:
+                bar.update()
+                if checkpoint and (number % self.config.eval_every == 0 or number == config.steps): checkpoint.save((earlier, steps))
         self.trained += config.steps * config.batch_size + earlier.trained
         self.asked += earlier.asked
         return earlier.model
@@ -123,12 +129,9 @@ class Run:
                     precision=config.precision, generator=self.moving,
                     inputs=functools.partial(self.inputs, layout=self.layout))
 
-    def fit(self, valid, progress=iter, keep=False):
-        "Train the model as `prepare` has it, and select by `valid`: a `Fit`. `progress` wraps the batches; `keep`: see `fit`."
-        setup = self.prepare()
-        setup["batches"] = progress(setup["batches"])
-        return fit(valid=valid, eval_every=self.config.eval_every, keep=keep,
-                   select_from=max((hook.select_from for hook in self.hooks), default=0), **setup)
+    def begin(self, keep=False):
+        "The training of the model, as `prepare` has it: a `Fit` that has not begun. `keep`: see there."
+        return Fit(Steps(**self.prepare()), max((hook.select_from for hook in self.hooks), default=0), keep)
 
     def spent(self):
         """What training took: mask `updates`; steps that needed a `dense_gradient`; images `trained` and `asked` besides;
@@ -147,16 +150,21 @@ class Run:
                     average_flops=statistics.fmean(flops(kept_at(step)) for step in range(self.config.steps)))
 
 # %% ../nbs/09_experiments.ipynb #cfa55d72
-def run_seed(config, seed, split, progress=iter):
+def run_seed(config, seed, split, progress=iter, checkpoint=None):
     """Train one model and test it: a dict of plain numbers, and the seconds that it took to have the selected state.
 
     `split`: a function of "train", "valid" or "test" that reads it; "test" is asked for once, after training.
-    `progress` wraps the batches. Raises `FloatingPointError` where the loss is not finite.
+    `progress` wraps the steps. `checkpoint`: a `Checkpoint` with the training split `apart`, for a run that may die: what is
+    there goes on. Raises `FloatingPointError` where the loss is not finite.
     """
     train, valid = split("train"), split("valid")
     start = time.perf_counter()
-    run = Run(config, seed, train)
-    fitted = run.fit(valid, progress, keep=config.oracle)
+    run, fitted, before = checkpoint and checkpoint.load() or (None, None, 0)
+    if run is None:
+        run = Run(config, seed, train, checkpoint)
+        fitted = run.begin(keep=config.oracle)
+    put_aside = lambda: checkpoint and checkpoint.save((run, fitted, before + time.perf_counter() - start))
+    fitted.go_on(valid, config.eval_every, progress, put_aside)
     last = {name: value.clone() for name, value in run.model.state_dict().items()}
     selected = {name: fitted.best[rule] for name, rule in dict(selected="worst_group", average="unbiased").items()}
 
@@ -166,7 +174,7 @@ def run_seed(config, seed, split, progress=iter):
         return run.model if final is None else final
 
     finished(selected["selected"][1])  # once for what it takes
-    seconds, spent, test = time.perf_counter() - start, run.spent(), split("test")
+    seconds, spent, test = before + time.perf_counter() - start, run.spent(), split("test")
 
     def tested(state):
         logits = ask(finished(state), test.x, config.precision, functools.partial(run.inputs, layout=run.layout))

@@ -22,6 +22,7 @@ import numpy
 import torch
 from tqdm import tqdm
 
+from .checkpoints import Checkpoint
 from .configs import ROLES, configure, named, read_params
 from .cost import peak_memory
 from .data import load
@@ -154,9 +155,11 @@ def run_row(root, budget, setting, method):
             part = Path(root) / ".parts" / f"{budget}-{setting}-{method}-{seed}.json"
             stored = read_json(part, {})
             if not computes_as(stored.get("made", {}), made):
-                result, taken = run_seed(config, seed, split, lambda batches: ticking(batches, bar))
+                checkpoint = Checkpoint(part.with_suffix(".checkpoint"), made, split("train"))
+                result, taken = run_seed(config, seed, split, lambda steps: ticking(steps, bar), checkpoint)
                 stored = dict(made=made, result=result, seconds=taken)
                 write_json(part, stored)
+                checkpoint.clear()
             else: bar.update(config.steps)
             runs.append(stored["result"])
             seconds.append(stored["seconds"])
@@ -170,11 +173,12 @@ def run_row(root, budget, setting, method):
     return result
 
 
-def ticking(batches, bar):
-    "Yield `batches`, moving `bar` by one for each."
-    for batch in batches:
-        yield batch
+def ticking(steps, bar):
+    "The `steps` (a `Steps`), moving `bar` by one for each, and by those that it has made already."
+    bar.update(steps.number)
+    for step in steps:
         bar.update()
+        yield step
 
 
 def machine():

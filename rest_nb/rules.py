@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .cost import training_flops
-from .reweighting import shuffled_batches, weighted_batches
+from .reweighting import Drawn, shuffled_batches, weighted_batches
 
 # %% ../nbs/06_rules.ipynb #7117155d
 def toy(n, conflict_ratio, generator):
@@ -229,7 +229,7 @@ def subsampled(run):
     "Batches of as many samples of each cell (y, a) as the smallest has, of no others (SUBG)."
     kept = subsample(cells(run.train.y, run.train.a), run.generator)
     batches = shuffled_batches(len(kept), run.config.batch_size, run.config.steps, run.generator)
-    return dict(batches=(kept[index] for index in batches))
+    return dict(batches=Drawn(lambda: kept[next(batches)], run.config.steps))
 
 
 def group_dro(run, step_size=0.01, adjustment=0.):

@@ -72,7 +72,7 @@ def search_row(root, setting, method):
         for number, (fields, config) in enumerate(zip(tried, configs), 1):
             bar.set_description_str(f"search {setting} {method} {number}/{len(tried)}")
             found = next((entry for entry in earlier["candidates"] if entry["fields"] == fields), None)
-            if found is None: found = dict(fields=fields, **judge(config, split, lambda batches: ticking(batches, bar)))
+            if found is None: found = dict(fields=fields, **judge(config, split, lambda steps: ticking(steps, bar)))
             else: bar.update(config.steps)
             result["candidates"].append(found)
             write_json(part, result)
@@ -87,7 +87,7 @@ def search_row(root, setting, method):
 def judge(config, split, progress=iter):
     "What the validation split says of a configuration's first seed: accuracies by group, and the step, of the best evaluation."
     try:
-        fitted = Run(config, config.seeds[0], split("train")).fit(split("valid"), progress)
+        fitted = Run(config, config.seeds[0], split("train")).begin().go_on(split("valid"), config.eval_every, progress)
     except FloatingPointError: return dict(worst_group=-1.0, unbiased=-1.0, conflicting=-1.0, step=0)  # worse than any
     step, _ = fitted.best["worst_group"]
     best = next(entry for entry in fitted.history if entry["step"] == step)

@@ -18,12 +18,12 @@ from .cost import alternate
 from .data import load
 from .experiments import Run
 from .rows import machine, write_json
-from .training import steps
+from .training import Steps
 
 # %% ../nbs/0b_timing.ipynb #ede7b555
 def stepper(setup):
     "A function that does the next training step, as `training.fit` does. `setup`: what `Run.prepare` gives."
-    return functools.partial(next, steps(**setup))
+    return functools.partial(next, Steps(**setup))
 
 
 def with_update(run, method):
