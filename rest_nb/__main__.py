@@ -25,7 +25,7 @@ def sets(root, setting):
     from PIL import Image
     from rest_nb.data import examples, save
     from rest_nb.configs import read_params, rows
-    from rest_nb.experiments import write_json
+    from rest_nb.rows import write_json
     params = untuned(read_params(root / "params.yaml"))
     if setting not in params["settings"]:
         raise ValueError(f"params.yaml has no {setting!r} in settings; expected one of {', '.join(params['settings'])}")

@@ -145,8 +145,9 @@ def trained_and_masked(run, batches, steps, penalty, lr, contrast=None):
     check(penalty, lr)
     steps = steps or run.config.steps
     dense = run.pretrain(steps=steps)
-    logits = learn_mask(dense, batches(steps), run.images, run.train.y, contrast=contrast,
-                        penalty=penalty, lr=lr, seed=~run.seed)  # not the numbers that made the weights
+    with run.autocast:
+        logits = learn_mask(dense, batches(steps), run.images, run.train.y, contrast=contrast,
+                            penalty=penalty, lr=lr, seed=~run.seed)  # not the numbers that made the weights
     run.trained += steps * run.config.batch_size
     return dense, harden(logits, run.config.density)
 

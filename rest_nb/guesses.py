@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['precision_recall', 'by_error', 'by_confidence', 'by_vote', 'last_layer', 'logistic_regression', 'retrain_last_layer',
-           'errors', 'doubts', 'votes', 'told_apart', 'by_chance', 'dfr']
+           'errors', 'doubts', 'votes', 'noted', 'by_chance', 'dfr']
 
 # %% ../nbs/07_guesses.ipynb #7fdaa66b
 import copy
@@ -127,35 +127,39 @@ def retrain_last_layer(model, images, y, groups, generator, *, C=1., draws=10):
 # %% ../nbs/07_guesses.ipynb #b6f2d94a
 def errors(run, steps):
     "Who is classified wrongly by a network that was trained plainly for so many `steps` (JTT's first stage)."
-    return told_apart(by_error(run.ask(run.pretrain(steps=steps)), run.train.y))
+    return noted(run, by_error(run.ask(run.pretrain(steps=steps)), run.train.y))
 
 
 def doubts(run, steps, q=0.7, below=0.5):
     "Whose target has a probability `below` this in a network trained for `steps` by generalised cross-entropy."
     model = run.pretrain(steps=steps, reweighting=f"rules.biased(q={q})")
-    return told_apart(by_confidence(run.ask(model), run.train.y, below))
+    return noted(run, by_confidence(run.ask(model), run.train.y, below))
 
 
 def votes(run, steps, members=3, at_least=2):
     "Who is classified wrongly by `at_least` so many of `members`, networks with seeds of their own."
     models = (run.pretrain(steps=steps, seed=1000 * run.seed + number) for number in range(1, members + 1))
-    return told_apart(by_vote(torch.stack([by_error(run.ask(model), run.train.y) for model in models]), at_least))
+    return noted(run, by_vote(torch.stack([by_error(run.ask(model), run.train.y) for model in models]), at_least))
 
 
-def told_apart(guess):
-    "The same `guess`, if some samples are in it and some are not. Raises `ValueError` otherwise: all would weigh the same."
+def noted(run, guess):
+    """The same `guess`; how good it is goes into the run's notes.
+    Raises `ValueError` unless some samples are in it and some are not: all would weigh the same.
+    """
     if guess.all() or not guess.any():
         raise ValueError(f"guessed that {int(guess.sum())} of {len(guess)} samples conflict; expected some: "
                          "let the biased network train for fewer steps, or for more")
+    run.notes["guess"] = precision_recall(guess, run.train.is_conflicting)
     return guess
 
 
 def by_chance(run):
     "As many samples as conflict, drawn at random: the control."
-    return run.train.is_conflicting[torch.randperm(len(run.train.y), generator=run.generator)]
+    return noted(run, run.train.is_conflicting[torch.randperm(len(run.train.y), generator=run.generator)])
 
 # %% ../nbs/07_guesses.ipynb #f12d8e7c
 def dfr(run, model, valid, C=1.):
-    "`model` with a new last layer, from validation images balanced by class and conflict (DFR)."
+    "`model` with a new last layer, from validation images balanced by class and conflict (DFR). They are counted, the regression is not."
+    run.asked += len(valid)
     return retrain_last_layer(model, lambda index: run.inputs(valid.x, index=index), valid.y,
                               cells(valid.y, valid.is_conflicting), torch.Generator().manual_seed(run.seed), C=C)

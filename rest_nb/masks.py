@@ -124,10 +124,11 @@ class StaticSparse:
     `distribution`: how density is shared among layers (`erk`, `uniform`).
     `masks`: the first masks, {name: bool tensor} for all of `maskable(model)`, instead of a density.
     `optimizer`: any of torch's with per-weight state.
-    Raises `ValueError` as `keep_counts` and `given` do, and where more than one of model, `density` and `masks`
+    Raises `ValueError` as `first_masks` does, and where more than one of model, `density` and `masks`
     says how sparse to be.
     """
     schedule = ()  # which of a run's delta_t, t_end and drop_fraction it takes
+    select_from = 0  # the step from which on the model is as sparse as it shall be
 
     def __init__(self, model, optimizer, density=None, *, distribution=erk, seed=0, masks=None):
         self.optimizer, self.updates = optimizer, 0

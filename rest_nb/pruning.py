@@ -93,6 +93,7 @@ class GMP(SET):
         super().__init__(model, optimizer, 1, delta_t=delta_t, t_end=t_end, drop_fraction=0, seed=seed)
         self.last = max((step for step in range(1, int(t_end) + 1) if self.is_due(step)), default=0)
         if not self.last: raise ValueError(f"delta_t is {delta_t}; expected an update before t_end, {t_end}")
+        self.select_from = self.last
 
     def kept_at(self, step):
         "How many weights each layer keeps from this `step` on, {name: int}: by equation 1, rounded."

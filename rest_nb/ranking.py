@@ -12,9 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .experiments import read_json
 from .metrics import over_seeds
 from .results import accuracies, paired_difference
+from .rows import read_json
 
 # %% ../nbs/0f_ranking.ipynb #a1694622
 def run_seconds(root, budget, rows):

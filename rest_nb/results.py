@@ -14,8 +14,8 @@ import pandas as pd
 import seaborn as sns
 
 from .configs import named, read_params
-from .experiments import read_json
 from .metrics import over_seeds
+from .rows import read_json
 
 # %% ../nbs/0c_results.ipynb #3b893375
 def load_rows(root, budget):

@@ -16,7 +16,8 @@ from .batches import assemble
 from .configs import configure, named, read_params
 from .cost import alternate
 from .data import load
-from .experiments import Run, machine, write_json
+from .experiments import Run
+from .rows import machine, write_json
 from .training import steps
 
 # %% ../nbs/0b_timing.ipynb #ede7b555

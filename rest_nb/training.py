@@ -108,13 +108,15 @@ class Fit:
     states: dict
 
 
-def fit(model, optimizer, train, valid, batches, *, eval_every, keep=False, precision="fp32", inputs=assemble, **step):
+def fit(model, optimizer, train, valid, batches, *, eval_every, select_from=0, keep=False, precision="fp32", inputs=assemble,
+        **step):
     """Train on `batches` (an iterable of index tensors) and select by validation accuracy, ties to the later step:
     once by that of the worst group, and once by that over all samples.
 
-    `keep`: also the states that are not selected. `inputs`: see `logits_of`. `step`: what `steps` takes besides.
-    The model ends in its last state. Raises `FloatingPointError` as `steps` does, and `ValueError` where there are
-    fewer than `eval_every` batches, or `valid` has no attributes to select by.
+    `select_from`: a step before which no state is selected. `keep`: also the states that are not selected.
+    `inputs`: see `logits_of`. `step`: what `steps` takes besides.
+    The model ends in its last state. Raises `FloatingPointError` as `steps` does, and `ValueError` where there is
+    nothing to select, or `valid` has no attributes to select by.
     """
     valid.is_conflicting  # not known: better said now than after the first steps
     history, losses, best, states = [], [], {}, {}
@@ -123,10 +125,12 @@ def fit(model, optimizer, train, valid, batches, *, eval_every, keep=False, prec
         if number % eval_every: continue
         history.append(dict(step=number, loss=sum(losses) / len(losses), **validate(model, valid, precision, inputs)))
         losses, now = [], history[-1]
+        if number < select_from: continue
         better = [rule for rule in SELECTION if rule not in best or now[rule] >= best[rule][0]]
         if better or keep: state = copy.deepcopy(model.state_dict())
         for rule in better: best[rule] = now[rule], number, state
         if keep: states[number] = state
     if not best:
-        raise ValueError(f"nothing was evaluated: expected at least eval_every = {eval_every} batches")
+        raise ValueError(f"nothing was evaluated: expected at least eval_every = {eval_every} batches, "
+                         f"and an evaluation from step {select_from} on")
     return Fit(history, {rule: found[1:] for rule, found in best.items()}, states)

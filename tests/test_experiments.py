@@ -5,6 +5,7 @@ Oracles: a training loop written by hand, counts worked on paper, Python's own p
 import ast
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import platform
@@ -24,13 +25,14 @@ from torch.nn import functional as F
 
 import rest_nb
 from rest_nb.__main__ import untuned
-from rest_nb import configs, experiments, masks
+from rest_nb import configs, experiments, masks, metrics, rows as keeping, rules
 from rest_nb.configs import ROLES, Config, configure, part, read_params, rows
 from rest_nb.data import SPLITS, UNIFORM, BiasedDataset, assign_attributes, colour, save
-from rest_nb.experiments import Run, code_hash, code_of, cost, pending, row_path, run_row, run_seed, write_json
+from rest_nb.experiments import Run, cost, run_seed
 from rest_nb.masks import maskable
 from rest_nb.models import cnn
 from rest_nb.reweighting import UPWEIGHT
+from rest_nb.rows import code_hash, code_of, computes_as, pending, rehearse, row_path, run_row, write_json
 from rest_nb.timing import time_methods
 from rest_nb.training import fit
 
@@ -715,8 +717,8 @@ def test_what_is_drawn_more_often_is_not_weighted_too():
     assert loss.item() == pytest.approx(F.cross_entropy(logits, train.y[index]).item())
 
 
-def test_code_is_all_that_experiments_imports():
-    closure, new = set(), {"experiments"}
+def test_code_is_all_that_rows_import():
+    closure, new = set(), {"rows"}
     while new:
         closure |= new
         new = {other for name in new for other in imports(name)} - closure
@@ -776,14 +778,15 @@ def leftovers(root):
 
 
 def spy_on_seeds(monkeypatch, dies_at=None):
-    "The seeds that are trained from now on; one of them may be killed as Ctrl-C kills it."
+    "The seeds that are trained from now on, rehearsals aside; one of them may be killed as Ctrl-C kills it."
     trained, real = [], run_seed
 
     def watched(config, seed, *rest):
+        if config.steps == 20: return real(config, seed, *rest)
         if seed == dies_at: raise KeyboardInterrupt
         trained.append(seed)
         return real(config, seed, *rest)
-    monkeypatch.setattr(experiments, "run_seed", watched)
+    monkeypatch.setattr(keeping, "run_seed", watched)
     return trained
 
 
@@ -797,6 +800,7 @@ def test_a_row_carries_all_that_it_depends_on(root):
     assert found["versions"]["python"] == platform.python_version()
     assert found["versions"]["torch"] == torch.__version__.split("+")[0]
     assert found["versions"]["numpy"] == np.__version__
+    assert found["data"] == hashlib.sha256((root / "sets" / "blobs.npz").read_bytes()).hexdigest()[:16]
     assert found["versions"]["threads"] == torch.get_num_threads()
     assert found["code"] == code_hash(config) and found["cost"]["kept_parameters"] == 874 + 66
     for run, seed in zip(found["runs"], (1, 2), strict=True):
@@ -851,14 +855,16 @@ class Bar:
 
 def test_the_progress_bar_counts_all_that_is_left(root, monkeypatch):
     # Twelve rows of two seeds of four steps; then one less; a seed that was put aside counts as done at once.
-    monkeypatch.setattr(experiments, "tqdm", Bar)
+    monkeypatch.setattr(keeping, "tqdm", Bar)
     monkeypatch.setattr(Bar, "bars", [])
     row(root, "ERM")
     with monkeypatch.context() as patch:
         spy_on_seeds(patch, dies_at=2)
         with pytest.raises(KeyboardInterrupt): row(root, "ReW")
     row(root, "ReW")
-    row(root, "ReW")  # made again, though it is not pending
+    row(root, "ReW")  # stays: no bar
+    stored(root, "ReW").unlink()
+    row(root, "ReW")
     assert [bar.total for bar in Bar.bars] == [12 * 8, 11 * 8, 11 * 8, 11 * 8]
     assert [bar.done for bar in Bar.bars] == [8, 4, 8, 8]
     assert "seed 2/2" in Bar.bars[-1].text and "ReW" in Bar.bars[-1].text
@@ -866,11 +872,12 @@ def test_the_progress_bar_counts_all_that_is_left(root, monkeypatch):
 
 
 def other_config(root, monkeypatch): write_params(root, edited("common", lr=.04))
-def other_code(root, monkeypatch): monkeypatch.setattr(experiments, "code_hash", lambda config: "another")
+def other_code(root, monkeypatch): monkeypatch.setattr(keeping, "rehearse", lambda *how: "another")
+def other_data(root, monkeypatch): monkeypatch.setattr(keeping, "file_hash", lambda path: "another")
 def other_python(root, monkeypatch): monkeypatch.setattr(platform, "python_version", lambda: "9.9.9")
 
 
-@pytest.mark.parametrize("change", [other_config, other_code, other_python])
+@pytest.mark.parametrize("change", [other_config, other_code, other_data, other_python])
 def test_what_was_made_otherwise_is_not_taken_over(root, monkeypatch, change):
     with monkeypatch.context() as patch:
         spy_on_seeds(patch, dies_at=2)
@@ -879,6 +886,78 @@ def test_what_was_made_otherwise_is_not_taken_over(root, monkeypatch, change):
     trained = spy_on_seeds(monkeypatch)
     row(root)
     assert trained == [1, 2] and not leftovers(root)
+
+
+@pytest.mark.parametrize("change", [other_config, other_code, other_data, other_python])
+def test_a_row_made_otherwise_is_trained_again(root, monkeypatch, change):
+    row(root)
+    change(root, monkeypatch)
+    trained = spy_on_seeds(monkeypatch)
+    row(root)
+    assert trained == [1, 2]
+
+
+def test_a_row_stays_where_other_code_computes_the_same(root, monkeypatch):
+    before, taken = row(root), seconds_of(root)
+    monkeypatch.setattr(keeping, "code_hash", lambda config: "another")
+    monkeypatch.setattr(keeping, "cost", lambda config, spent: dict(counted=len(spent)))  # counted anew
+    trained = spy_on_seeds(monkeypatch)
+    after = row(root)
+    assert trained == [] and after == before | dict(code="another", cost=dict(counted=2)) and after["trained_by"] == before["code"]
+    assert json.loads(stored(root).read_text()) == json.loads(json.dumps(after)) and seconds_of(root) == taken
+
+
+def rehearsed(method="REST", **changes):
+    config = dataclasses.replace(configure(STUDY, "tiny", "blobs", method), **changes)
+    return rehearse(lambda short, split: run_seed(short, 1, split)[0], config, split_of(config))
+
+
+BEHAVIOURS = {
+    "growth": (masks.RigL, "grow_scores", lambda self, layer: -layer.gradient().abs()),
+    "drop": (masks.SET, "drop_scores", lambda self, layer: -layer.weight.abs() if hasattr(layer, "weight") else -layer.dense(layer.values).abs()),
+    "selection": (experiments, "fit", lambda *how, **named: backwards(fit(*how, **named))),
+    "accuracy": (experiments, "group_accuracy", lambda *how: dict(metrics.group_accuracy(*how), unbiased=0.)),
+    "loss": (experiments, "cross_entropy", lambda *how: 2 * F.cross_entropy(*how[:2])),
+    "count": (Run, "spent", lambda self: dict(updates=0)),
+}
+
+
+def backwards(fitted): return dataclasses.replace(fitted, best={rule: (2 * step, state) for rule, (step, state) in fitted.best.items()})
+
+
+@pytest.mark.parametrize("name", BEHAVIOURS)
+def test_a_rehearsal_sees_what_changes(monkeypatch, name):
+    before = rehearsed()
+    assert before == rehearsed() and len(before) == 16
+    monkeypatch.setattr(*BEHAVIOURS[name])
+    assert rehearsed() != before
+
+
+def test_a_rehearsal_sees_what_comes_afterwards_and_what_is_guessed():
+    assert len({rehearsed(), rehearsed(afterwards="stand_in.swapped"), rehearsed(guess="stand_in.first")}) == 3
+
+
+def test_a_rehearsal_is_short_and_leaves_the_test_split_alone():
+    config, seen = configure(STUDY, "tiny", "blobs", "REST"), []
+    split = split_of(config)
+    def play(short, cut):
+        seen.append(short)
+        train, test = cut("train"), cut("test")
+        assert torch.equal(test.x, train.x[:1000]) and torch.equal(cut("valid").x, split("valid").x)
+        return {}
+    def closed(name):
+        assert name != "test"
+        return split(name)
+    rehearse(play, dataclasses.replace(config, steps=4000, eval_every=400), closed)
+    assert seen[0] == dataclasses.replace(config, steps=20, eval_every=10, delta_t=4, oracle=True)
+
+
+def test_what_cannot_be_rehearsed_is_told_apart_by_what_it_says():
+    def play(said):
+        def raises(short, split): raise ValueError(said)
+        return raises
+    first, same, other = (rehearse(play(said), BASE, split_of(BASE)) for said in ("a", "a", "b"))
+    assert first == same != other
 
 
 def test_a_part_is_of_one_row_only(root, monkeypatch):
@@ -939,7 +1018,10 @@ def test_pending_counts_what_is_missing(root):
     assert pending(root, STUDY, "tiny") == [r for r in BLOBS if r[1] not in ("ERM", "RigL")] + RARE
 
 
-@pytest.mark.parametrize("change", [other_code, other_python])
+def other_hash(root, monkeypatch): monkeypatch.setattr(keeping, "code_hash", lambda config: "another")
+
+
+@pytest.mark.parametrize("change", [other_hash, other_data, other_python])
 def test_what_other_code_made_is_pending(root, monkeypatch, change):
     row(root, "ERM")
     change(root, monkeypatch)

@@ -1,6 +1,7 @@
 """Guesses and last layers: scikit-learn's precision, recall and logistic regression are the oracle; votes are counted."""
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,9 +213,14 @@ def test_a_new_last_layer_mends_the_shortcut():
 @pytest.mark.parametrize("guess", [torch.zeros(5).bool(), torch.ones(5).bool()])
 def test_a_guess_that_tells_nobody_apart_is_refused(guess):
     with pytest.raises(ValueError, match=f"^guessed that {int(guess.sum())} of 5 samples conflict; expected some"):
-        guesses.told_apart(guess)
-    some = torch.arange(5) > 3
-    assert guesses.told_apart(some) is some
+        guesses.noted(SimpleNamespace(), guess)
+
+
+def test_how_good_a_guess_is_goes_into_the_notes():
+    run = SimpleNamespace(notes={}, train=SimpleNamespace(is_conflicting=torch.tensor([True, True, False, False, False])))
+    some = torch.arange(5) > 0
+    assert guesses.noted(run, some) is some
+    assert run.notes["guess"] == dict(precision=1 / 4, guessed=4, recall=1 / 2, conflicting=2)
 
 
 class Headless(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from rest_nb.configs import named, read_params
-from rest_nb.experiments import code_of
+from rest_nb.rows import code_of
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = {re.search(r"#\| default_exp (\S+)", nb.read_text())[1].split("\\n")[0].rstrip('",'): nb
@@ -28,7 +28,7 @@ def imported(path):
 
 
 def test_the_reader_of_imports_reads_them():
-    assert {"masks", "cost", "data", "training"} <= imported(ROOT / "rest_nb" / "experiments.py")
+    assert {"sparse", "cost", "batches", "training"} <= imported(ROOT / "rest_nb" / "experiments.py")
 
 
 def test_every_module_has_its_notebook():
@@ -93,9 +93,11 @@ def test_no_face_is_in_git():
 
 
 def test_quick_is_cached_and_cpu_is_in_git():
-    assert all(isinstance(out, str) for out in stages()["quick-rows"]["outs"])
+    notebook, result = stages()["quick-rows"]["outs"]
+    assert isinstance(notebook, str) and list(result.values()) == [{"persist": True}]  # it may stay (rows.run_row)
     for budget in ("cpu", "objects", "faces"):
-        assert all(list(out.values()) == [{"cache": False}] for out in rows_stage(budget)["outs"])
+        notebook, result = (how for out in rows_stage(budget)["outs"] for how in out.values())
+        assert notebook == {"cache": False} and result == {"cache": False, "persist": True}
     kept = subprocess.run(["git", "check-ignore", "runs/quick/x", "runs/cpu/x"], cwd=ROOT, capture_output=True, text=True).stdout
     assert kept.split() == ["runs/quick/x"]
 

@@ -12,7 +12,8 @@ from test_experiments import STUDY, make_root, split_of
 from rest_nb import search
 from rest_nb.configs import configure, read_params
 from rest_nb.data import load
-from rest_nb.experiments import run_row, run_seed
+from rest_nb.experiments import run_seed
+from rest_nb.rows import run_row
 from rest_nb.search import candidates, judge, search_row, without_test
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,7 @@ def scripted(monkeypatch, worths):
         if worths[config.lr] is None: raise KeyboardInterrupt
         return dict(worst_group=worths[config.lr], unbiased=.5, conflicting=.5, step=2)
     monkeypatch.setattr(search, "judge", told)
+    monkeypatch.setattr(search, "rehearse", lambda *how: "rehearsed")
     return asked
 
 
@@ -69,9 +71,11 @@ def test_of_equals_the_better_average_wins_and_what_diverged_never(root, monkeyp
     params["grids"] = dict(ERM=dict(lr=[.1, .2, .3]))
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     worths = {.1: (-1., -1.), .2: (0., .4), .3: (0., .5)}
+    monkeypatch.setattr(search, "rehearse", lambda *how: "rehearsed")
     monkeypatch.setattr(search, "judge", lambda config, split, progress: dict(
         zip(("worst_group", "unbiased"), worths[config.lr]), conflicting=0., step=1))
     assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .3}
+    (root / "runs" / "search" / "blobs-ERM.json").unlink()
     worths.update({.2: (-1., -1.), .3: (-1., -1.)})
     with pytest.raises(FloatingPointError, match="blobs ERM: every candidate"): search_row(root, "blobs", "ERM")
 
@@ -112,12 +116,13 @@ def test_the_real_search_never_reads_the_test_split(root, monkeypatch):
 def test_what_a_candidate_is_given_has_no_test_split(root, monkeypatch):
     seen = []
     def judged(config, split, progress=iter):
-        with pytest.raises(PermissionError): split("test")
+        if config.steps != 20:  # a rehearsal has training images in its place
+            with pytest.raises(PermissionError): split("test")
         seen.append(split("valid"))
         return dict(worst_group=0., unbiased=0., conflicting=0., step=1)
     monkeypatch.setattr(search, "judge", judged)
     search_row(root, "blobs", "ERM")
-    assert len(seen) == 2
+    assert len(seen) == 3
 
 
 def test_a_search_that_died_goes_on_where_it_was(root, monkeypatch):
@@ -133,9 +138,18 @@ def test_what_was_tried_with_other_code_is_tried_again(root, monkeypatch):
     with monkeypatch.context() as patch:
         scripted(patch, {.001: .2, .05: None})
         with pytest.raises(KeyboardInterrupt): search_row(root, "blobs", "ERM")
-    monkeypatch.setattr(search, "code_hash", lambda config: "another")
     asked = scripted(monkeypatch, {.001: .9, .05: .3})
+    monkeypatch.setattr(search, "rehearse", lambda *how: "another")
     assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .001} and asked == [.001, .05]
+
+
+def test_what_was_found_stays_and_only_what_is_new_is_tried(root, monkeypatch):
+    asked = scripted(monkeypatch, {.001: .2, .05: .3, .1: .4})
+    before = search_row(root, "blobs", "ERM")
+    assert search_row(root, "blobs", "ERM") == before and asked == [.001, .05]
+    grids = dict(GRIDS, ERM=dict(lr=[.001, .1]))
+    (root / "params.yaml").write_text(yaml.safe_dump(dict(SEARCHED, grids=grids)))
+    assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .1} and asked == [.001, .05, .1]
 
 
 def test_the_study_tries_four_of_each_method():
