@@ -70,7 +70,7 @@ def test_the_figure_has_a_mark_for_each_method_where_it_belongs():
 
 
 def test_the_front_is_who_is_not_beaten_at_its_cost():
-    reached = dict(a=(.2, 1), b=(.5, 3), c=(.4, 4), d=(.5, 9), e=(.7, 9), f=(.1, 1))  # mean and cost
+    reached = dict(f=(.1, 1), a=(.2, 1), b=(.5, 3), c=(.4, 4), d=(.5, 8), e=(.7, 9))  # mean and cost
     rows = {("red", m): stored([mean - .1, mean, mean + .1], flops) for m, (mean, flops) in reached.items()} | {("red", "ERM"): stored([.6], 9)}
     assert front(rows, "red") == ["a", "b", "e"]  # c: b is better for less; d: as good as b, for more; f: as cheap as a; ERM: e
     assert front(rows | {("blue", "x"): stored([1.], 1)}, "red") == ["a", "b", "e"]
@@ -79,8 +79,10 @@ def test_the_front_is_who_is_not_beaten_at_its_cost():
 def test_the_price_of_a_rule_is_a_mean_over_methods_of_a_mean_over_seeds():
     runs = lambda selected, average, last: [dict(selected=dict(conflicting=s), average=dict(conflicting=a), last=dict(conflicting=e))
                                             for s, a, e in zip(selected, average, last)]
-    rows = {("red", "A"): dict(config=dict(conflict_ratio=.01), runs=runs([.5, .7], [.4, .6], [.5, .7])),
+    rows = {("red", "A"): dict(config=dict(conflict_ratio=.01), runs=runs([.5, .7], [.4, .6], [.4998, .7])),
             ("red", "B"): dict(config=dict(conflict_ratio=.01), runs=runs([.2, .2], [.4, .2], [.1, .1]))}
+    other = {("blue", "A"): dict(config=dict(conflict_ratio=.5), runs=runs([.1], [.9], [.9]))}
+    assert prices(rows | other).groupby("conflict ratio").points.agg(list).to_dict() == {.01: ["+0.0", "-5.0"], .5: ["+80.0", "+80.0"]}
     table = prices(rows).set_index("selected by")
     assert [*table.index] == [RULES["average"], "none: the last state"]  # no oracle where none is stored
     assert table.loc[RULES["average"]].to_dict() == {"conflict ratio": .01, "methods": 2, "points": "+0.0", "least": "A -10.0", "most": "B +10.0"}
@@ -142,7 +144,7 @@ def test_searches_are_read_and_a_missing_one_is_named(tmp_path):
     assert load_searches(tmp_path, [("red", "JTT")]) == {("red", "JTT"): dict(winner="red-JTT")}
 
 
-@given(st.lists(st.tuples(st.floats(50, 350), st.floats(50, 350)), min_size=1, max_size=32), st.integers(5, 80))
+@given(st.lists(st.tuples(st.floats(1, 499), st.floats(1, 499)), min_size=1, max_size=32), st.integers(5, 80))
 @settings(derandomize=True, deadline=None, max_examples=25)
 def test_names_lie_within_the_frame_and_over_no_mark_nor_one_another(spots, width):
     spots, frame = dict(enumerate(spots)), (0, 0, 500, 500)
@@ -154,4 +156,8 @@ def test_names_lie_within_the_frame_and_over_no_mark_nor_one_another(spots, widt
         assert all(apart((left + width / 2, middle), spot, width / 2 + 4, 9) for spot in spots.values())
 
 
-def test_a_name_without_a_mark_beside_it_stands_at_its_right(): assert places(dict(a=(50, 50)), dict(a=20), (0, 0, 100, 100)) == dict(a=(58, 50))
+@pytest.mark.parametrize("spots, found", [
+    (dict(a=(50, 80), b=(50, 20)), dict(a=(58, 80), b=(58, 20))), (dict(a=(95, 50)), dict(a=(67, 50))),  # no room at its right
+    (dict(a=(50, 50), b=(50, 51)), dict(b=(58, 51), a=(22, 50)))], ids=["free", "edge", "crowd"])
+def test_names_take_the_nearest_place_at_their_right_then_left(spots, found):
+    assert places(spots, dict.fromkeys(spots, 20), (0, 0, 100, 100)) == found

@@ -1,8 +1,11 @@
 "Results: what a table divides by, and what is said where a row is missing."
+from pathlib import Path
+
 import pytest
 
 from rest_nb.results import load_rows, table
 
+ROOT = Path(__file__).parents[1]
 ACCURACIES = dict.fromkeys(("conflicting", "worst_group", "worst_cell", "unbiased"), .5)
 
 
@@ -33,3 +36,7 @@ def test_a_missing_row_says_which_pipeline_makes_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="runs/short/rows/red-A.json is missing: `dvc repro short` makes it"): load_rows(tmp_path, "short")
     with pytest.raises(FileNotFoundError, match="red-A.json is missing: `dvc repro runs/own/dvc.yaml:own` makes it"): load_rows(tmp_path, "own")
     with pytest.raises(ValueError, match="no 'long' in budgets; expected one of short, own"): load_rows(tmp_path, "long")
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "nbs").glob("2*.ipynb"))], ids=lambda path: path.stem)
+def test_no_sentence_is_left_open(path): assert "TODO" not in path.read_text()
