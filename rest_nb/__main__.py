@@ -85,9 +85,14 @@ def search(root, setting, method):
 
 def seconds(root, budget):
     "Time a step of each method, taking turns, on a BUDGET's first setting: runs/BUDGET/seconds/steps.json."
-    from rest_nb.configs import named, read_params
+    from rest_nb.configs import named, read_params, rows
+    params = read_params(root / "params.yaml")
+    rows(untuned(params), budget)  # raises where the budget is none
+    if params["budgets"][budget].get("tuned"):
+        raise ValueError(f"params.yaml, budgets.{budget} is tuned: its steps are not timed; "
+                         f"the seconds of its runs lie in runs/{budget}/seconds, a file for each row")
     execute(root / "nbs" / "12_seconds.ipynb", root / "runs" / budget / "seconds" / "steps.ipynb",
-            budget=budget, setting=named(read_params(root / "params.yaml"), budget, "settings")[0])
+            budget=budget, setting=named(params, budget, "settings")[0])
 
 
 def speed(root):
@@ -102,17 +107,19 @@ def table(root, budget):
     accuracies(load_rows(root, budget)).to_csv(root / "runs" / budget / "accuracy.csv", index=False)
 
 
-PAGES = {"cpu": "20_colored_mnist.ipynb", **dict.fromkeys(("objects", "faces"), "22_objects_and_faces.ipynb")}
+PAGES = {"cpu": "20_colored_mnist.ipynb", **dict.fromkeys(("objects", "faces"), "22_objects_and_faces.ipynb"),
+         "rivals": "23_methods.ipynb"}  # of the budgets whose results are in git
 
 
 def page(root, budget):
     """Execute the reading notebook for a BUDGET into runs/BUDGET;
-    for those whose results are in git, in place, and write the README's table.
+    for those whose results are in git, in place, and write the README's table where it shows them.
     """
-    from rest_nb.results import BUDGETS, readme_table, with_table
+    from rest_nb.results import BUDGETS, load_rows, readme_table, with_table
+    load_rows(root, budget)  # raises where one is missing, before a notebook does
     source = root / "nbs" / PAGES.get(budget, PAGES["cpu"])
-    execute(source, source if budget in BUDGETS else root / "runs" / budget / source.name,
-            **{} if budget in PAGES and budget != "cpu" else dict(budget=budget))
+    execute(source, source if budget in PAGES else root / "runs" / budget / source.name,
+            **dict(budget=budget) if source.name == PAGES["cpu"] else {})
     if budget in BUDGETS:
         readme = root / "README.md"
         readme.write_text(with_table(readme.read_text(), readme_table(root)))
@@ -120,12 +127,12 @@ def page(root, budget):
 # %% ../nbs/0d_commands.ipynb #e2e26e02
 def show(root, budget):
     "Print the table of a BUDGET and where its executed notebooks are."
-    from rest_nb.results import BUDGETS, SETS, load_rows, load_seconds, table
+    from rest_nb.results import SETS, load_rows, load_seconds, table
     rows = load_rows(root, budget)
     print(f"\n{SETS[next(iter(rows.values()))['config']['dataset']]}, budget {budget}: accuracy in percent, mean ± sd over n seeds; "
           "FLOPs and seconds of training, of ERM's\n")
     print(table(rows, load_seconds(root, budget)).to_string(index=False))
-    page_folder = "nbs" if budget in BUDGETS else f"runs/{budget}"
+    page_folder = "nbs" if budget in PAGES else f"runs/{budget}"
     print(f"\nThe page:            {page_folder}/{PAGES.get(budget, PAGES['cpu'])}\n"
           f"Executed notebooks:  runs/{budget}/rows/*.ipynb\n"
           f"Open them with:      .venv/bin/jupyter lab runs/{budget}   (the library: make lab)")

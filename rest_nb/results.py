@@ -21,15 +21,19 @@ from .rows import read_json
 def load_rows(root, budget):
     """The stored results of a budget, {(setting, method): dict}.
 
-    Raises `FileNotFoundError`, naming the first that is missing.
+    Raises `ValueError` for a budget that is none, `FileNotFoundError`, naming the first row that is missing.
     """
     params, rows = read_params(Path(root) / "params.yaml"), {}
+    if budget not in params["budgets"]:
+        raise ValueError(f"params.yaml has no {budget!r} in budgets; expected one of {', '.join(params['budgets'])}")
+    has_own = (Path(root) / "runs" / budget / "dvc.yaml").is_file()  # a pipeline
+    stage = f"runs/{budget}/dvc.yaml:{budget}" if has_own else budget
     for setting in named(params, budget, "settings"):
         for method in named(params, budget, "methods"):
             path = Path(root) / "runs" / budget / "rows" / f"{setting}-{method}.json"
             rows[setting, method] = read_json(path)
             if rows[setting, method] is None:
-                raise FileNotFoundError(f"{path} is missing: `dvc repro {budget}` makes it")
+                raise FileNotFoundError(f"{path} is missing: `dvc repro {stage}` makes it")
     return rows
 
 
@@ -66,17 +70,19 @@ def percent(values):
 def table(rows, seconds=None, state="selected"):
     """The study's table: a line for each setting and method.
 
+    Parameters and training FLOPs are multiples of ERM's on the setting, or, without it, of the row's own dense network.
     `seconds`: what `timing.time_methods` stored, or None; then its column shows a dash.
     `state`: `selected` or `last`.
     """
     tested, lines = accuracies(rows, state), []
     for (setting, method), seeds in tested.groupby(["setting", "method"], sort=False):
         row = rows[setting, method]
+        dense = rows.get((setting, "ERM"), row)["cost"]  # a narrow network's own would be narrow, too
         lines.append({
             "conflict ratio": row["config"]["conflict_ratio"], "method": method,
             **{title: percent(seeds[group]) for group, title in GROUPS.items()}, "n": len(seeds),
-            "parameters": f"{row['cost']['kept_parameters'] / row['cost']['parameters']:.3f}×",
-            "FLOPs": f"{row['cost']['training_flops'] / row['cost']['dense_training_flops']:.3f}×",
+            "parameters": f"{row['cost']['kept_parameters'] / dense['parameters']:.3f}×",
+            "FLOPs": f"{row['cost']['training_flops'] / dense['dense_training_flops']:.3f}×",
             "seconds": (f"{seconds['methods'][method]['seconds'] / seconds['methods']['ERM']['seconds']:.2f}×"
                         if seconds else "–")})
     return pd.DataFrame(lines)
@@ -179,11 +185,11 @@ def counts(root, rows):
 # %% ../nbs/0c_results.ipynb #d4836db1
 MARKS = ("<!-- table: written by `make study` from runs -->", "<!-- /table -->")
 SETS = {"cmnist": "Colored MNIST", "cifar10c": "Corrupted CIFAR-10", "utkface-64": "UTKFace, 64²"}
-BUDGETS = ("cpu", "objects", "faces")  # whose results are in git
+BUDGETS = ("cpu", "objects", "faces")  # whose results the README shows
 
 
 def all_rows(root):
-    "The stored rows of all budgets in git, {name of the set: {(setting, method): dict}}."
+    "The stored rows of the README's budgets, {name of the set: {(setting, method): dict}}."
     stored = [load_rows(root, budget) for budget in BUDGETS]
     return {SETS[next(iter(rows.values()))["config"]["dataset"]]: rows for rows in stored}
 

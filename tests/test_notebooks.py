@@ -306,10 +306,33 @@ def test_check_is_silent_where_all_is_well(project, capsys):
     (["sets", "MAGIC"], ["params.yaml", "'MAGIC'", "settings", "cmnist-0005"]),
     (["table", "quick"], ["runs/quick/rows/cmnist-0005-ERM.json is missing", "dvc repro quick"]),
     (["show", "quick"], ["runs/quick/rows/cmnist-0005-ERM.json is missing", "dvc repro quick"]),
+    (["show", "MAGIC"], ["params.yaml", "'MAGIC'", "budgets", "quick"]),
+    (["page", "MAGIC"], ["params.yaml", "'MAGIC'", "budgets", "rivals"]),
+    (["page", "rivals"], ["runs/rivals/rows/cmnist-0005-ERM.json is missing"]),
+    (["seconds", "MAGIC"], ["params.yaml", "'MAGIC'", "budgets", "quick"]),
+    (["seconds", "rivals"], ["budgets.rivals is tuned", "runs/rivals/seconds"]),
     (["clean", "nbs/99_none.ipynb"], ["nbs/99_none.ipynb"])], ids=lambda v: " ".join(v[:4]))
 def test_known_failures_are_one_line(project, capsys, words, said):
     line = failure(capsys, *words)
     assert all(word in line for word in said), line
+    assert not list(project.rglob("*.failed.ipynb"))  # no notebook was begun
+
+
+@pytest.mark.parametrize("budget, source, target, parameters, in_readme", [
+    ("cpu", "nbs/20_colored_mnist.ipynb", "nbs/20_colored_mnist.ipynb", dict(budget="cpu"), True),
+    ("quick", "nbs/20_colored_mnist.ipynb", "runs/quick/20_colored_mnist.ipynb", dict(budget="quick"), False),
+    ("faces", "nbs/22_objects_and_faces.ipynb", "nbs/22_objects_and_faces.ipynb", {}, True),
+    ("rivals", "nbs/23_methods.ipynb", "nbs/23_methods.ipynb", {}, False)])
+def test_a_page_is_executed_in_its_place(project, monkeypatch, budget, source, target, parameters, in_readme):
+    from rest_nb import __main__ as commands, results
+    executed = []
+    monkeypatch.setattr(commands, "execute", lambda *places, **given: executed.append((*places, given)))
+    monkeypatch.setattr(results, "load_rows", lambda root, name: {})
+    monkeypatch.setattr(results, "readme_table", lambda root: "new")
+    (project / "README.md").write_text(before := f"a {results.MARKS[0]}\nold\n{results.MARKS[1]} b")
+    assert main(["page", budget]) == 0
+    assert executed == [(project / source, project / target, parameters)]
+    assert (project / "README.md").read_text() == (before.replace("old", "new") if in_readme else before)
 
 
 @pytest.mark.parametrize("text", [

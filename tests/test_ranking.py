@@ -5,31 +5,35 @@ import math
 
 import matplotlib
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rest_nb import ranking
-from rest_nb.ranking import RULES, is_told, ranking_figure, run_seconds, times
+from rest_nb.ranking import (RULES, compared, front, guesses_table, interval, is_told, load_searches, places, prices, ranking_figure,
+                             ratios, run_seconds, searched, times)
 
 matplotlib.use("agg")
 
 
 def stored(accuracies, flops, oracle=None, **config):
     "A row: conflicting accuracies of its seeds, selected; with labels left out ten points less; what it cost."
-    config = dict(dict(sparsity="dense", reweighting="none", guess="labels", initial="random", afterwards="none"), **config)
-    runs = [dict(selected=dict(conflicting=c), average=dict(conflicting=c - .1)) for c in accuracies]
+    config = dict(dict(sparsity="dense", reweighting="none", guess="labels", initial="random", afterwards="none", conflict_ratio=.01), **config)
+    runs = [dict(seed=seed, selected=dict(conflicting=c), average=dict(conflicting=c - .1)) for seed, c in enumerate(accuracies)]
     if oracle: runs = [dict(run, oracle=dict(conflicting=oracle)) for run in runs]
     return dict(config=config, cost=dict(training_flops=flops), runs=runs)
 
 
 ROWS = {("red", "ERM"): stored([.1, .1, .1], 200), ("red", "REST"): stored([.5, .6, .7], 10, sparsity="masks.RigL", reweighting="reweighting.sample"),
         ("red", "JTT"): stored([.3, .3, .6], 500, oracle=.9, reweighting="reweighting.sample", guess="guesses.errors(steps=3)"),
-        ("blue", "ERM"): stored([.9, .9, .9], 400)}
+        ("blue", "ERM"): stored([.9, .9, .9], 400, conflict_ratio=.5)}
+HALF = 4.302652729911275 / math.sqrt(3)  # Student's t for two degrees of freedom: half a 95 % interval of three, in sd
 
 
 def test_the_best_comes_first_with_its_interval_and_its_price():
     seconds = {("red", "ERM"): 10., ("red", "REST"): 4.}
     table = ranking.ranking(ROWS, "red", seconds).fillna("").set_index("method")
     assert [*table.index] == ["REST", "JTT", "ERM"]
-    half = 4.302652729911275 * 10 / math.sqrt(3)  # Student's t for two degrees of freedom; sd is 10 points
+    half = HALF * 10  # sd is 10 points
     assert table[RULES["selected"]]["REST"] == f"60.0 ± {half:.1f}" and table[RULES["average"]]["REST"] == f"50.0 ± {half:.1f}"
     assert table[RULES["oracle"]].to_dict() == dict(REST="", JTT="90.0 ± 0.0", ERM="")
     assert table.FLOPs.to_dict() == dict(REST="0.05×", JTT="2.50×", ERM="1.00×")
@@ -58,5 +62,102 @@ def test_the_figure_has_a_mark_for_each_method_where_it_belongs():
     marks = {note.get_text(): note.xy for note in ax.texts}
     assert marks == {"ERM": (1, pytest.approx(.1)), "REST": (.05, pytest.approx(.6)), "JTT": (2.5, pytest.approx(.4))}
     lines = {tuple(line.get_xdata()): line for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())}
+    assert set(lines) == {(1,), (.05,), (2.5,)}
     assert lines[2.5,].get_markerfacecolor() == "white" != lines[.05,].get_markerfacecolor()
     assert lines[.05,].get_color() != lines[2.5,].get_color() and ax.get_xscale() == "log"
+    dotted, = (line for line in ax.lines if line.get_linestyle() == ":")
+    assert [*dotted.get_xdata()] == [.05]  # REST is cheapest and best
+
+
+def test_the_front_is_who_is_not_beaten_at_its_cost():
+    reached = dict(f=(.1, 1), a=(.2, 1), b=(.5, 3), c=(.4, 4), d=(.5, 8), e=(.7, 9))  # mean and cost
+    rows = {("red", m): stored([mean - .1, mean, mean + .1], flops) for m, (mean, flops) in reached.items()} | {("red", "ERM"): stored([.6], 9)}
+    assert front(rows, "red") == ["a", "b", "e"]  # c: b is better for less; d: as good as b, for more; f: as cheap as a; ERM: e
+    assert front(rows | {("blue", "x"): stored([1.], 1)}, "red") == ["a", "b", "e"]
+
+
+def test_the_price_of_a_rule_is_a_mean_over_methods_of_a_mean_over_seeds():
+    runs = lambda selected, average, last: [dict(selected=dict(conflicting=s), average=dict(conflicting=a), last=dict(conflicting=e))
+                                            for s, a, e in zip(selected, average, last)]
+    rows = {("red", "A"): dict(config=dict(conflict_ratio=.01), runs=runs([.5, .7], [.4, .6], [.4998, .7])),
+            ("red", "B"): dict(config=dict(conflict_ratio=.01), runs=runs([.2, .2], [.4, .2], [.1, .1]))}
+    other = {("blue", "A"): dict(config=dict(conflict_ratio=.5), runs=runs([.1], [.9], [.9]))}
+    assert prices(rows | other).groupby("conflict ratio").points.agg(list).to_dict() == {.01: ["+0.0", "-5.0"], .5: ["+80.0", "+80.0"]}
+    table = prices(rows).set_index("selected by")
+    assert [*table.index] == [RULES["average"], "none: the last state"]  # no oracle where none is stored
+    assert table.loc[RULES["average"]].to_dict() == {"conflict ratio": .01, "methods": 2, "points": "+0.0", "least": "A -10.0", "most": "B +10.0"}
+    assert table.loc["none: the last state"].to_dict() == {"conflict ratio": .01, "methods": 2, "points": "-5.0", "least": "B -10.0", "most": "A +0.0"}
+    rows["red", "B"]["runs"] = [dict(run, oracle=dict(conflicting=.9)) for run in rows["red", "B"]["runs"]]
+    oracle = prices(rows).set_index("selected by").loc[RULES["oracle"]]
+    assert oracle.methods == 1 and oracle.points == "+70.0" and oracle.least == oracle.most == "B +70.0"
+
+
+def test_ratios_are_those_of_the_settings(): assert ratios(ROWS) == dict(red=.01, blue=.5)
+
+
+def test_pairs_are_compared_seed_by_seed_and_starred_where_zero_is_left_out():
+    rows = {("red", "A"): stored([.5, .7, .9], 1), ("red", "B"): stored([.4, .6, .8], 1), ("red", "C"): stored([.9, .5, .7], 1)}
+    table = compared(rows, [("A", "B"), ("B", "A"), ("A", "C")], states=("selected", "average"))
+    assert [*table.columns] == [(.01, "selected"), (.01, "average")] and [*table.index] == ["A - B", "B - A", "A - C"]
+    assert [*table[.01, "selected"]][:2] == ["+10.0 ± 0.0 *", "-10.0 ± 0.0 *"] == [*table[.01, "average"]][:2]
+    sd = math.sqrt((40 ** 2 + 20 ** 2 + 20 ** 2) / 2)  # of -40, +20, +20
+    assert table[.01, "selected"]["A - C"] == f"+0.0 ± {HALF * sd:.1f}"
+
+
+def test_guesses_are_shown_with_what_became_of_them():
+    guess = lambda precision, guessed: dict(guess=dict(precision=precision, guessed=guessed, recall=.5, conflicting=40))
+    rows = dict(ROWS)
+    rows["red", "JTT"] = dict(rows["red", "JTT"], runs=[dict(run, notes=guess(*g)) for run, g in
+                                                        zip(rows["red", "JTT"]["runs"], [(.1, 200), (.2, 100), (.3, 60)])])
+    del rows["blue", "ERM"]
+    table = guesses_table(rows, ["REST", "JTT"]).set_index("method")
+    assert table.loc["JTT", ["precision", "recall", "guessed", "conflicting"]].tolist() == ["20.0", "50.0", "120", "40"]
+    assert set(table.loc["REST", ["precision", "recall", "guessed", "conflicting"]]) == {"–"}
+    sd = math.sqrt((10 ** 2 + 10 ** 2 + 20 ** 2) / 2)  # of 30, 30, 60
+    assert table[RULES["selected"]]["JTT"] == f"40.0 ± {HALF * sd:.1f}" and table[RULES["average"]]["JTT"] == f"30.0 ± {HALF * sd:.1f}"
+
+
+def test_an_interval_is_in_percent(): assert interval([.4, .5, .6]) == f"50.0 ± {HALF * 10:.1f}"
+
+
+def search(worths, winner, **grid):
+    "What a search stores: as many candidates as `worths`, along `grid`."
+    fields = [dict(zip(grid, values)) for values in zip(*grid.values())]
+    return dict(candidates=[dict(fields=f, worst_group=w) for f, w in zip(fields, worths, strict=True)], winner=fields[winner])
+
+
+def test_what_was_tried_and_who_won():
+    searches = {("red", "ERM"): search([.2, .48], 1, lr=[.01, .02]), ("blue", "ERM"): search([.5, -1.], 0, lr=[.01, .02]),
+                ("red", "JTT"): search([.1, .3, .2, .3], 1, lr=[.01, .01, .02, .02], guess=["guesses.errors(steps=9)", "guesses.errors(steps=5)"] * 2)}
+    table = searched(searches).fillna("")
+    assert table.loc["ERM"].to_dict() == {"tried": "lr 0.01 0.02", "red": "lr 0.02", "red, valid": "48 (20)",
+                                          "blue": "lr 0.01", "blue, valid": "50 (diverged)"}
+    assert table.loc["JTT"].to_dict() == {"tried": "lr 0.01 0.02, errors(steps=9) errors(steps=5)", "red": "lr 0.01, errors(steps=5)",
+                                          "red, valid": "30 (10)", "blue": "", "blue, valid": ""}
+
+
+def test_searches_are_read_and_a_missing_one_is_named(tmp_path):
+    folder = tmp_path / "runs" / "search"
+    folder.mkdir(parents=True)
+    for name in ("red-ERM", "red-REST", "red-JTT"): (folder / f"{name}.json").write_text(json.dumps(dict(winner=name)))
+    with pytest.raises(FileNotFoundError, match="blue-ERM.json is missing: `make rivals`"): load_searches(tmp_path, ROWS)
+    assert load_searches(tmp_path, [("red", "JTT")]) == {("red", "JTT"): dict(winner="red-JTT")}
+
+
+@given(st.lists(st.tuples(st.floats(1, 499), st.floats(1, 499)), min_size=1, max_size=32), st.integers(5, 80))
+@settings(derandomize=True, deadline=None, max_examples=25)
+def test_names_lie_within_the_frame_and_over_no_mark_nor_one_another(spots, width):
+    spots, frame = dict(enumerate(spots)), (0, 0, 500, 500)
+    found = places(spots, dict.fromkeys(spots, width), frame, height=10)
+    apart = lambda p, q, dx, dy: abs(p[0] - q[0]) >= dx - 1e-9 or abs(p[1] - q[1]) >= dy - 1e-9
+    for name, (left, middle) in found.items():
+        assert 0 <= left <= 500 - width and 5 <= middle <= 495
+        assert all(apart((left, middle), other, width, 10) for o, other in found.items() if o != name)
+        assert all(apart((left + width / 2, middle), spot, width / 2 + 4, 9) for spot in spots.values())
+
+
+@pytest.mark.parametrize("spots, found", [
+    (dict(a=(50, 80), b=(50, 20)), dict(a=(58, 80), b=(58, 20))), (dict(a=(95, 50)), dict(a=(67, 50))),  # no room at its right
+    (dict(a=(50, 50), b=(50, 51)), dict(b=(58, 51), a=(22, 50)))], ids=["free", "edge", "crowd"])
+def test_names_take_the_nearest_place_at_their_right_then_left(spots, found):
+    assert places(spots, dict.fromkeys(spots, 20), (0, 0, 100, 100)) == found

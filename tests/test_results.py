@@ -1,0 +1,42 @@
+"Results: what a table divides by, and what is said where a row is missing."
+from pathlib import Path
+
+import pytest
+
+from rest_nb.results import load_rows, table
+
+ROOT = Path(__file__).parents[1]
+ACCURACIES = dict.fromkeys(("conflicting", "worst_group", "worst_cell", "unbiased"), .5)
+
+
+def stored(parameters, kept, dense, flops, ratio=.01):
+    "A row of one seed; its cost: parameters of its dense network and those kept, training FLOPs of both."
+    cost = dict(parameters=parameters, kept_parameters=kept, dense_training_flops=dense, training_flops=flops)
+    return dict(config=dict(conflict_ratio=ratio), cost=cost, runs=[dict(seed=1, selected=ACCURACIES)])
+
+
+def test_costs_are_multiples_of_erm_on_the_same_setting():
+    rows = {("red", "ERM"): stored(1000, 1000, 80, 80), ("red", "Sparse"): stored(1000, 20, 80, 4),
+            ("red", "Narrow"): stored(30, 30, 5, 5), ("blue", "ERM"): stored(500, 500, 10, 10), ("blue", "Narrow"): stored(50, 50, 5, 5)}
+    found = table(rows)
+    assert [*found.parameters] == ["1.000×", "0.020×", "0.030×", "1.000×", "0.100×"]
+    assert [*found.FLOPs] == ["1.000×", "0.050×", "0.062×", "1.000×", "0.500×"]
+
+
+def test_without_erm_costs_are_multiples_of_the_rows_own_dense_network():
+    found = table({("red", "Sparse"): stored(1000, 20, 80, 4), ("red", "Narrow"): stored(30, 30, 5, 5)})
+    assert [*found.parameters] == ["0.020×", "1.000×"] and [*found.FLOPs] == ["0.050×", "1.000×"]
+
+
+def test_a_missing_row_says_which_pipeline_makes_it(tmp_path):
+    text = "{common: {}, settings: {red: {}}, methods: {A: {}}, budgets: {short: {}, own: {}}}"
+    (tmp_path / "params.yaml").write_text(text)
+    (tmp_path / "runs" / "own").mkdir(parents=True)
+    (tmp_path / "runs" / "own" / "dvc.yaml").touch()
+    with pytest.raises(FileNotFoundError, match="runs/short/rows/red-A.json is missing: `dvc repro short` makes it"): load_rows(tmp_path, "short")
+    with pytest.raises(FileNotFoundError, match="red-A.json is missing: `dvc repro runs/own/dvc.yaml:own` makes it"): load_rows(tmp_path, "own")
+    with pytest.raises(ValueError, match="no 'long' in budgets; expected one of short, own"): load_rows(tmp_path, "long")
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "nbs").glob("2*.ipynb"))], ids=lambda path: path.stem)
+def test_no_sentence_is_left_open(path): assert "TODO" not in path.read_text()
