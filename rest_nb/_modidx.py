@@ -507,4 +507,7 @@ d = { 'settings': { 'branch': 'main',
                                   'rest_nb.training.fit': ('training.html#fit', 'rest_nb/training.py'),
                                   'rest_nb.training.logits_of': ('training.html#logits_of', 'rest_nb/training.py'),
                                   'rest_nb.training.train_step': ('training.html#train_step', 'rest_nb/training.py'),
-                                  'rest_nb.training.validate': ('training.html#validate', 'rest_nb/training.py')}}}
+                                  'rest_nb.training.validate': ('training.html#validate', 'rest_nb/training.py')},
+            'rest_nb.workers': { 'rest_nb.workers.client': ('workers.html#client', 'rest_nb/workers.py'),
+                                 'rest_nb.workers.do_all': ('workers.html#do_all', 'rest_nb/workers.py'),
+                                 'rest_nb.workers.train': ('workers.html#train', 'rest_nb/workers.py')}}}

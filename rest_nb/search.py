@@ -77,7 +77,7 @@ def search_row(root, setting, method):
             result["candidates"].append(found)
             write_json(part, result)
     worth = [(found["worst_group"], found["unbiased"]) for found in result["candidates"]]
-    if max(worth)[0] < 0: raise FloatingPointError(f"{setting} {method}: every candidate's loss stopped being finite: lower lr?")
+    if max(worth)[0] < 0: raise FloatingPointError(f"{setting} {method}: no candidate came to its end: {result['candidates'][0]['why']}")
     result["winner"] = tried[worth.index(max(worth))]
     write_json(path, result)
     part.unlink()
@@ -88,7 +88,8 @@ def judge(config, split, progress=iter):
     "What the validation split says of a configuration's first seed: accuracies by group, and the step, of the best evaluation."
     try:
         fitted = Run(config, config.seeds[0], split("train")).begin().go_on(split("valid"), config.eval_every, progress)
-    except FloatingPointError: return dict(worst_group=-1.0, unbiased=-1.0, conflicting=-1.0, step=0)  # worse than any
+    except (FloatingPointError, ValueError) as error:  # ValueError: a guess that tells nobody apart
+        return dict(worst_group=-1.0, unbiased=-1.0, conflicting=-1.0, step=0, why=str(error))  # worse than any
     step, _ = fitted.best["worst_group"]
     best = next(entry for entry in fitted.history if entry["step"] == step)
     return dict({name: best[name] for name in ("worst_group", "unbiased", "conflicting")}, step=step)

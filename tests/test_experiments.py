@@ -568,6 +568,17 @@ def test_a_run_counts_its_mask_updates(sparsity, updates):
     assert run_seed(config, 1, split_of(config))[0]["spent"]["updates"] == updates
 
 
+def test_what_is_pruned_in_training_is_selected_when_it_is_pruned():
+    # Updates at 2, 4 and 6 of 8 steps, evaluations at each: only from 6 on the density is the final one.
+    config = dataclasses.replace(BASE, sparsity="pruning.GMP", reweighting="none", t_end=.9, eval_every=1, oracle=True)
+    run = Run(config, 1, split_of(config)("train"))
+    fitted = run.begin(keep=True).go_on(split_of(config)("valid"), 1)
+    kept = {step: sum(int((state[name] != 0).sum()) for name in maskable(run.model)) for step, state in fitted.states.items()}
+    assert [*kept] == [6, 7, 8] and {*kept.values()} == {round(run.spent()["kept"] - sum(
+        p.numel() for name, p in run.model.named_parameters() if name not in maskable(run.model)))}
+    assert all(step >= 6 for step, _ in fitted.best.values())
+
+
 @pytest.mark.parametrize("precision", configs.PRECISIONS)
 def test_the_test_split_is_asked_in_the_precision_of_training(monkeypatch, precision):
     asked, real = [], experiments.ask

@@ -73,11 +73,11 @@ def test_of_equals_the_better_average_wins_and_what_diverged_never(root, monkeyp
     worths = {.1: (-1., -1.), .2: (0., .4), .3: (0., .5)}
     monkeypatch.setattr(search, "rehearse", lambda *how: "rehearsed")
     monkeypatch.setattr(search, "judge", lambda config, split, progress: dict(
-        zip(("worst_group", "unbiased"), worths[config.lr]), conflicting=0., step=1))
+        zip(("worst_group", "unbiased"), worths[config.lr]), conflicting=0., step=1, why="the loss is nan"))
     assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .3}
     (root / "runs" / "search" / "blobs-ERM.json").unlink()
     worths.update({.2: (-1., -1.), .3: (-1., -1.)})
-    with pytest.raises(FloatingPointError, match="blobs ERM: every candidate"): search_row(root, "blobs", "ERM")
+    with pytest.raises(FloatingPointError, match="blobs ERM: no candidate came to its end: the loss is nan"): search_row(root, "blobs", "ERM")
 
 
 @pytest.mark.parametrize("grid, said", [(dict(rl=[1, 2]), "grids.ERM: .*rl"), (dict(lr=[0, 1]), "grids.ERM: lr is 0")])
@@ -102,6 +102,12 @@ def test_a_candidate_is_judged_by_its_best_evaluation():
     assert judge(dataclasses.replace(config, lr=1e30), split_of(config))["worst_group"] < 0
     before = dataclasses.replace(config, lr=1e30, guess="guesses.errors(steps=4)")  # what is trained before diverges
     assert judge(before, split_of(config))["worst_group"] < 0
+
+
+def test_a_guess_that_tells_nobody_apart_is_worth_less_than_any():
+    config = configure(SEARCHED, "search", "blobs", "ReW")
+    found = judge(dataclasses.replace(config, guess="guesses.doubts(steps=1, below=1.0)"), split_of(config))
+    assert found["worst_group"] < 0 and "guessed that 200 of 200" in found["why"]
 
 
 def test_the_real_search_never_reads_the_test_split(root, monkeypatch):

@@ -199,6 +199,15 @@ def test_states_are_kept_for_who_asks_only():
     assert fit_scripted([answers(1, 1)] * 3)[0].states == {}
 
 
+def test_nothing_is_selected_or_kept_before_select_from():
+    # The best comes first, and is not what the network shall be yet.
+    fitted, states, _ = fit_scripted([answers(96, 4), answers(48, 1), answers(24, 1)], select_from=4, keep=True)
+    assert {rule: step for rule, (step, _) in fitted.best.items()} == dict(worst_group=6, unbiased=4)
+    assert [*fitted.states] == [4, 6] and len(fitted.history) == 3
+    assert fit_scripted([answers(96, 4), answers(48, 1)], select_from=2)[0].best["worst_group"][0] == 2
+    with pytest.raises(ValueError, match="from step 5 on"): fit_scripted([answers(96, 4), answers(48, 1)], select_from=5)
+
+
 def test_the_average_does_not_select_for_the_worst_group():
     fitted, *_ = fit_scripted([answers(96, 2), answers(72, 3), answers(96, 2)])
     assert [h["unbiased"] for h in fitted.history] == [.98, .75, .98] and fitted.best["worst_group"][0] == 4

@@ -1,0 +1,104 @@
+"""Workers: two processes of this machine, one of which is killed in earnest."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+from test_checkpoints import result, study
+from test_experiments import make_root, write_params
+
+from rest_nb.rows import THREADS, run_row
+from rest_nb.workers import client, do_all, train
+
+
+def processes(scheduler): return [worker["pid"] if "pid" in worker else None for worker in scheduler.scheduler_info()["workers"].values()]
+
+
+def environment(name):
+    del name
+    import torch
+    return os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads(), os.getpid()
+
+
+def wait_or_fail(word):
+    if word == "bad": raise ValueError(f"{word} is no word")
+    time.sleep(.05)
+    return word
+
+
+@pytest.fixture(scope="module")
+def two():
+    with client(2) as workers: yield workers
+
+
+def test_workers_compute_with_as_many_threads_as_a_row_does(two):
+    found = two.gather(two.map(environment, range(4)))
+    assert {threads for threads, *_ in found} == {str(THREADS)}
+    assert {count for _, count, _ in found} == {THREADS} and os.getpid() not in {pid for *_, pid in found}
+
+
+def test_others_go_on_where_one_fails_and_all_are_told(two):
+    told = []
+    failed = do_all(two, wait_or_fail, [("a",), ("bad",), ("b",)], told.append)
+    assert [*failed] == [("bad",)] and "bad is no word" in str(failed["bad",])
+    assert len(told) == 3 and sum("FAILED" in line for line in told) == 1 and told[-1].startswith("3 of 3: ")
+    assert all("min for all that is left" in line for line in told) and "about 0 min" in told[-1]
+
+
+def test_nothing_to_do_is_done(two): assert do_all(two, wait_or_fail, []) == {}
+
+
+def test_where_no_scheduler_is_an_error_says_so():
+    with pytest.raises(OSError): client("tcp://127.0.0.1:1")
+
+
+def test_a_row_whose_worker_is_killed_is_finished_by_another(tmp_path, two):
+    """The row's worker dies when the first checkpoint lies there; what is stored is what one process would have stored."""
+    undisturbed, root = (make_root(tmp_path / name, study("REST")) for name in ("undisturbed", "killed"))
+    pids = {}
+
+    def kill():
+        while not any((root / ".parts").glob("*.checkpoint")): time.sleep(.005)
+        os.kill(int((root / "pid").read_text()), signal.SIGKILL)
+        pids["killed"] = True
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    failed = do_all(two, run_and_tell, [(str(root), "tiny", "blobs", "it")], lambda line: None)
+    killer.join(10)
+    two.gather(two.submit(run_and_tell, str(undisturbed), "tiny", "blobs", "it", pure=False))
+    assert failed == {} and pids and result(root) == result(undisturbed)
+    assert (root / "pids").read_text().count("\n") == 2  # two processes have worked on it
+
+
+def run_and_tell(root, *row):
+    from pathlib import Path
+    (Path(root) / "pid").write_text(str(os.getpid()))
+    with open(Path(root) / "pids", "a") as file: file.write(f"{os.getpid()}\n")
+    run_row(root, *row)
+
+
+def test_a_study_is_what_is_pending_and_searches_come_first(tmp_path, monkeypatch):
+    from rest_nb import workers
+    tiny = study("REST")
+    tiny["grids"] = dict(ERM=dict(lr=[.01, .05]), it=dict(lr=[.01, .05]))
+    tiny["budgets"] = dict(tiny=tiny["budgets"]["tiny"], search=dict(tiny["budgets"]["tiny"], seeds=[7]),
+                           rivals=dict(tiny["budgets"]["tiny"], tuned=True))
+    root, asked = make_root(tmp_path / "project", study("REST")), []
+    write_params(root, tiny)
+    (root / "runs" / "search").mkdir(parents=True)
+
+    def inline(client, function, tasks, told):
+        for task in tasks:
+            asked.append((function.func.__name__, *task))
+            if function.func.__name__ == "search_row":
+                (root / "runs" / "search" / f"{'-'.join(task)}.json").write_text(json.dumps(dict(winner=dict(lr=.05))))
+        return {("blobs", "it"): ValueError("no")} if function.func.__name__ == "search_row" else {}
+    monkeypatch.setattr(workers, "do_all", inline)
+    monkeypatch.setattr(workers, "client", lambda where: __import__("contextlib").nullcontext())
+    failed = train(root, 2, ["tiny", "rivals"])
+    assert asked == [("search_row", "blobs", "ERM"), ("search_row", "blobs", "it"), ("run_row", "tiny", "blobs", "ERM"), ("run_row", "tiny", "blobs", "it"),
+                     ("run_row", "rivals", "blobs", "ERM")]  # the other has no settings yet
+    assert [*failed] == [("blobs", "it")]
