@@ -44,16 +44,18 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Bring the stored long studies, their pages and the README's table up to date (about an hour)
+study: install ## Bring the stored long studies, their pages and the README's table up to date (about an hour; JOBS=4: four rows at once)
+	$(if $(JOBS),dvc repro sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu objects $(if $(REST_NB_FACES),faces))
 	dvc repro cpu objects
 	$(if $(REST_NB_FACES),dvc repro runs/faces/dvc.yaml:faces)
 	$(RUN) page cpu
 	$(RUN) page objects
 
-rivals: install ## Search settings for every method of params.yaml and train all (five to six hours; no page shows it yet)
+rivals: install ## Search settings for every method of params.yaml and train all (about four hours; no page shows it yet)
+	$(if $(JOBS),dvc repro sets && $(RUN) train $(JOBS) rivals)
 	dvc repro runs/rivals/dvc.yaml:rivals
 
-speed: install ## Time networks, and the making of batches, on this machine (7 minutes, nothing else running)
+speed: install ## Time networks, and the making of batches, on this machine (10 minutes, nothing else running)
 	$(RUN) speed
 	$(RUN) rerun nbs/21_speed.ipynb
 

@@ -38,6 +38,8 @@ class Checkpoint:
             with open(aside, "wb") as file:
                 file.write(json.dumps(head).encode() + b"\n")
                 file.write(body.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(aside, self.path)
         finally: aside.unlink(missing_ok=True)
 

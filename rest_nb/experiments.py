@@ -18,6 +18,7 @@ from .batches import assemble
 from .configs import DISTRIBUTIONS, ROLES, Config
 from .cost import forward_flops, layer_costs, parameters, training_flops
 from .metrics import group_accuracy
+from .parallel import Shared, is_first, processes, shares
 from .reweighting import cross_entropy, shuffled_batches
 from .training import Fit, Steps, ask, autocast, logits_of
 
@@ -98,7 +99,8 @@ class Run:
         with tqdm(total=config.steps, initial=steps.number, desc="before the run", unit="step", leave=False, delay=5, file=sys.stderr) as bar:
             for number, _ in steps:
                 bar.update()
-                if checkpoint and (number % self.config.eval_every == 0 or number == config.steps): checkpoint.save((earlier, steps))
+                is_due = number % self.config.eval_every == 0 or number == config.steps
+                if checkpoint and is_due and is_first(): checkpoint.save((earlier, steps))
         self.trained += config.steps * config.batch_size + earlier.trained
         self.asked += earlier.asked
         return earlier.model
@@ -123,8 +125,9 @@ class Run:
             schedule = dict(delta_t=config.delta_t, t_end=config.t_end * config.steps, drop_fraction=config.drop_fraction)
             schedule = {name: schedule[name] for name in kind[0].schedule}
             self.hooks = [kind[0](self.model, optimizer, density, masks=first, **drawn, **schedule | kind[1])]
-        return dict(model=self.model, optimizer=optimizer, train=self.train, hooks=self.hooks,
-                    batches=parts.get("batches") or self.batches(), loss=parts.get("loss", cross_entropy),
+        hooks, batches = self.hooks, parts.get("batches") or self.batches()
+        if processes() > 1: hooks, batches = [Shared(self.model), *hooks], shares(batches, config.steps)
+        return dict(model=self.model, optimizer=optimizer, train=self.train, hooks=hooks, batches=batches, loss=parts.get("loss", cross_entropy),
                     scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps),
                     precision=config.precision, generator=self.moving,
                     inputs=functools.partial(self.inputs, layout=self.layout))
@@ -163,7 +166,7 @@ def run_seed(config, seed, split, progress=iter, checkpoint=None):
     if run is None:
         run = Run(config, seed, train, checkpoint)
         fitted = run.begin(keep=config.oracle)
-    put_aside = lambda: checkpoint and checkpoint.save((run, fitted, before + time.perf_counter() - start))
+    put_aside = lambda: checkpoint and is_first() and checkpoint.save((run, fitted, before + time.perf_counter() - start))
     fitted.go_on(valid, config.eval_every, progress, put_aside)
     last = {name: value.clone() for name, value in run.model.state_dict().items()}
     selected = {name: fitted.best[rule] for name, rule in dict(selected="worst_group", average="unbiased").items()}

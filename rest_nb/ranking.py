@@ -20,7 +20,8 @@ from .rows import read_json
 def run_seconds(root, budget, rows):
     "Mean seconds of a whole run, {(setting, method): float}, of `rows` of a budget; those not stored are left out."
     stored = {row: read_json(Path(root) / "runs" / budget / "seconds" / f"{row[0]}-{row[1]}.json") for row in rows}
-    return {row: over_seeds(found["training"])["mean"] for row, found in stored.items() if found}
+    return {row: over_seeds(found["training"])["mean"] for row, found in stored.items()
+            if found and found.get("is_alone", True)}
 
 # %% ../nbs/0f_ranking.ipynb #cd75b5d6
 RULES = dict(selected="worst group (labels)", average="average (no labels)", oracle="oracle (not allowed)")
@@ -119,14 +120,14 @@ def load_searches(root, rows):
 
 def searched(searches):
     """What was tried for each method, and for each setting: who won; worst-group validation accuracy, in percent, of the winner
-    and, in brackets, of the worst candidate (`diverged`: its loss was not finite).
+    and, in brackets, of the worst candidate (`failed`: its loss was not finite, or its guess told nobody apart).
     """
     lines = {}
     for (setting, method), search in searches.items():
         tried = {field: list(dict.fromkeys(c["fields"][field] for c in search["candidates"])) for field in search["winner"]}
         won = {field: [value] for field, value in search["winner"].items()}
         worth = [c["worst_group"] for c in search["candidates"]]
-        least = f"{100 * min(worth):.0f}" if min(worth) >= 0 else "diverged"
+        least = f"{100 * min(worth):.0f}" if min(worth) >= 0 else "failed"
         lines.setdefault(method, dict(tried=in_words(tried))).update(
             {setting: in_words(won), f"{setting}, valid": f"{100 * max(worth):.0f} ({least})"})
     return pd.DataFrame(lines).T

@@ -276,8 +276,8 @@ class SparseConv2d(nn.Module):
         same time; before and after these, PyTorch orders images otherwise, which costs 300 for each output. Where samples do
         not fill the kernels' vectors, the rest is lost: one alone pays for a vector.
         """
-        filled, each = batch / (-(-batch // kernels.LANES) * kernels.LANES), self.shape[1:].numel()
-        return len(self.values) / self.shape[0] / filled > 300 + each / 6
+        vectors, each = -(-batch // kernels.LANES), self.shape[1:].numel()
+        return len(self.values) / self.shape[0] * vectors * kernels.LANES > (300 + each / 6) * batch > 0
 
     def scatter(self, x):
         "The convolution with a dense weight, made for the moment."

@@ -132,7 +132,7 @@ def layer_times(network, density, machine, batch=256, rounds=20):
 
 # %% ../nbs/0e_speed.ipynb #d145736e
 def profile(network, density, batch=256, rounds=20):
-    "Median seconds of a training step of a compact network by kernel (`kernels.run`, waiting included), and of what is `other`."
+    "Median seconds of a training step of a compact network by kernel (`kernels.run`, waiting included), of what is `other`, and of all."
     step, run, taken, lines = training_step(network, density, batch), sparse.run, {}, []
 
     def timed(function, *args, **options):
@@ -145,7 +145,8 @@ def profile(network, density, batch=256, rounds=20):
             taken.clear()
             start = time.perf_counter()
             step()
-            lines.append(dict(taken, other=time.perf_counter() - start - sum(taken.values())))
+            whole = time.perf_counter() - start
+            lines.append(dict(taken, other=whole - sum(taken.values()), step=whole))
     finally: sparse.run = run
     return {name: statistics.median(line[name] for line in lines[2:]) for name in lines[-1]}
 
@@ -154,21 +155,24 @@ SHAPES = ((64, 64, 32), (256, 256, 8))  # channels before and after a 3×3 convo
 
 
 def choices(shapes=SHAPES, densities=(.02, .05, .1, .2, .35, .5, .7, 1.), batches=(1, 8, 256), rounds=9):
-    "Seconds of a convolution in evaluation by kernels and by a dense weight, and whether the layer would choose the latter: a list of dicts."
+    """Seconds of a convolution in evaluation, and for the largest batch in training, by kernels and by a dense weight, and whether the
+    layer would choose the latter: a list of dicts.
+    """
     lines = []
     for before, after, size in shapes:
         conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
         ranked = torch.rand(conv.weight.shape, generator=torch.Generator().manual_seed(0))
-        for density, batch in itertools.product(densities, batches):
+        for density, (batch, is_training) in itertools.product(densities, [*((batch, False) for batch in batches), (max(batches), True)]):
             layer, x = sparse.SparseConv2d(conv, ranked < density), sparse.innermost(torch.randn(batch, before, size, size))
             is_chosen = layer.is_better_dense(batch)
+            x.requires_grad_(is_training)
 
-            @torch.no_grad()
             def ask(is_dense):
                 layer.is_better_dense = lambda batch: is_dense
-                sparse.innermost(layer(x))
+                with torch.set_grad_enabled(is_training): y = sparse.innermost(layer(x))
+                if is_training: y.backward(torch.ones_like(y))
             taken = alternate(dict(kernels=lambda: ask(False), dense=lambda: ask(True)), rounds)
-            lines.append(dict(channels=before, batch=batch, density=density, **taken, is_chosen=is_chosen))
+            lines.append(dict(channels=before, batch=batch, training=is_training, density=density, **taken, is_chosen=is_chosen))
     return lines
 
 # %% ../nbs/0e_speed.ipynb #2a1caa0b

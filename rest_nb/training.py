@@ -149,7 +149,7 @@ def fit(model, optimizer, train, valid, batches, *, eval_every, select_from=0, k
 
     `select_from`: a step before which no state is selected. `keep`: also the states that are not selected.
     `step`: what `Steps` takes besides.
-    The model ends in its last state. Raises `FloatingPointError` as `steps` does, and `ValueError` where there is
+    The model ends in its last state. Raises `FloatingPointError` as `Steps` does, and `ValueError` where there is
     nothing to select, or `valid` has no attributes to select by.
     """
     valid.is_conflicting  # not known: better said now than after the first steps

@@ -2,20 +2,24 @@
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from test_experiments import STUDY, make_root, split_of
 
+from rest_nb import training
 from rest_nb.checkpoints import Checkpoint
 from rest_nb.configs import configure
 from rest_nb.experiments import run_seed
 from rest_nb.rows import run_row
+from rest_nb.training import Steps
 
 LONG = dict(batch_size=16, steps=24, eval_every=4, delta_t=2, seeds=[1, 2], oracle=True)
 PARTS = dict(
@@ -42,8 +46,18 @@ def study(method):
                 budgets=dict(tiny=LONG))
 
 
-def train(root):
+def train(root, made=None):
+    "`made`: a file that tells how many steps this process has made."
     torch.set_num_threads(1)
+    real = Steps.__next__
+
+    def counting(steps):
+        result = real(steps)
+        if made: Path(made).write_text(str(counting.count))
+        counting.count += 1
+        return result
+    counting.count = 1
+    Steps.__next__ = counting
     run_row(root, "tiny", "blobs", "it")
 
 
@@ -60,26 +74,32 @@ def context():
 @pytest.mark.parametrize("method", ["REST", "LfF"])
 def test_a_row_killed_at_random_points_ends_in_the_same_bits(tmp_path, method):
     undisturbed, root = (make_root(tmp_path / name, study(method)) for name in ("undisturbed", "killed"))
-    forks, draw, kills, resumed = context(), random.Random(0), 0, 0
-    start = time.perf_counter()
-    whole = forks.Process(target=train, args=(undisturbed,))
-    whole.start(); whole.join()
-    lasts = time.perf_counter() - start
-    while kills < 10:
-        process = forks.Process(target=train, args=(root,))
+    forks, draw, kills, steps = context(), random.Random(0), 0, tmp_path / "steps"
+
+    def run(root, seconds=None):
+        "Train in a process of its own, which is killed after so many seconds: whether it was."
+        process = forks.Process(target=train, args=(root, steps))
         process.start()
-        process.join(draw.uniform(.3, 1) * lasts)
-        if process.exitcode == 0:  # this time it came to its end: begin anew
-            assert result(root) == result(undisturbed)
-            (root / "runs" / "tiny" / "rows" / "blobs-it.json").unlink()
-            continue
-        os.kill(process.pid, signal.SIGKILL)
+        process.join(seconds)
+        was_killed = process.exitcode is None
+        if was_killed: os.kill(process.pid, signal.SIGKILL)
         process.join()
-        kills += 1
-        resumed += any((root / ".parts").glob("*.checkpoint"))
-    last = forks.Process(target=train, args=(root,))
-    last.start(); last.join()
-    assert last.exitcode == 0 and result(root) == result(undisturbed) and resumed
+        assert was_killed or process.exitcode == 0
+        return was_killed
+    run(make_root(tmp_path / "first", study(method)))  # starts what starts processes
+    start = time.perf_counter()
+    run(undisturbed)
+    lasts, whole, fewest = time.perf_counter() - start, int(steps.read_text()), math.inf
+    for _ in range(60):
+        if kills == 10: break
+        if run(root, draw.uniform(.2, .95) * lasts): kills += 1
+        else:  # this time it came to its end: begin anew
+            assert result(root) == result(undisturbed)
+            fewest = min(fewest, int(steps.read_text()))
+            (root / "runs" / "tiny" / "rows" / "blobs-it.json").unlink()
+    run(root)
+    assert kills == 10 and result(root) == result(undisturbed)
+    assert min(fewest, int(steps.read_text())) < whole  # what was put aside was not made again
     assert not any((root / ".parts").iterdir())
 
 
@@ -117,13 +137,14 @@ def test_every_kind_of_part_goes_on_where_it_was(tmp_path, method):
 
 def test_what_was_trained_before_is_not_trained_again(tmp_path, monkeypatch):
     config = configure(study("votes"), "tiny", "blobs", "it")
-    splits = all_splits(config)
+    splits, made = all_splits(config), []
     checkpoint = lambda: Checkpoint(tmp_path / "run.checkpoint", {}, splits["train"])
+    monkeypatch.setattr(training, "train_step", lambda *how, real=training.train_step, **named: made.append(1) or real(*how, **named))
     with pytest.raises(Killed): run_seed(config, 1, splits.get, dying(1), checkpoint())
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"run.checkpoint-{number}" for number in (1, 2, 3)]
-    monkeypatch.setattr("rest_nb.training.Steps.__next__", lambda steps: (_ for _ in ()).throw(Killed))
-    with pytest.raises(Killed): run_seed(config, 1, splits.get, checkpoint=checkpoint())
-    for path in tmp_path.iterdir(): assert path.stat().st_size > 1000
+    assert len(made) == 3 * 12 + 1  # three that vote, and a step
+    with pytest.raises(Killed): run_seed(config, 1, splits.get, dying(1), checkpoint())
+    assert len(made) == 3 * 12 + 2
 
 
 def test_a_file_is_one_object_and_what_is_apart(tmp_path):

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import rest_nb
 from rest_nb.__main__ import untuned
-from rest_nb import configs, experiments, masks, metrics, rows as keeping, rules
+from rest_nb import configs, experiments, masks, metrics, rows as keeping, training
 from rest_nb.configs import ROLES, Config, configure, part, read_params, rows
 from rest_nb.data import SPLITS, UNIFORM, BiasedDataset, assign_attributes, colour, save
 from rest_nb.experiments import Run, cost, run_seed
@@ -926,14 +926,17 @@ def rehearsed(method="REST", **changes):
 BEHAVIOURS = {
     "growth": (masks.RigL, "grow_scores", lambda self, layer: -layer.gradient().abs()),
     "drop": (masks.SET, "drop_scores", lambda self, layer: -layer.weight.abs() if hasattr(layer, "weight") else -layer.dense(layer.values).abs()),
-    "selection": (experiments, "fit", lambda *how, **named: backwards(fit(*how, **named))),
+    "selection": (training.Fit, "evaluate", lambda fitted, *how: first_stays(fitted, *how)),
     "accuracy": (experiments, "group_accuracy", lambda *how: dict(metrics.group_accuracy(*how), unbiased=0.)),
     "loss": (experiments, "cross_entropy", lambda *how: 2 * F.cross_entropy(*how[:2])),
     "count": (Run, "spent", lambda self: dict(updates=0)),
 }
 
 
-def backwards(fitted): return dataclasses.replace(fitted, best={rule: (2 * step, state) for rule, (step, state) in fitted.best.items()})
+def first_stays(fitted, *how, evaluate=training.Fit.evaluate):
+    best = dict(fitted.best)
+    evaluate(fitted, *how)
+    fitted.best |= best
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
@@ -963,12 +966,12 @@ def test_a_rehearsal_is_short_and_leaves_the_test_split_alone():
     assert seen[0] == dataclasses.replace(config, steps=20, eval_every=10, delta_t=4, oracle=True)
 
 
-def test_what_cannot_be_rehearsed_is_told_apart_by_what_it_says():
-    def play(said):
-        def raises(short, split): raise ValueError(said)
-        return raises
-    first, same, other = (rehearse(play(said), BASE, split_of(BASE)) for said in ("a", "a", "b"))
-    assert first == same != other
+def test_what_cannot_be_rehearsed_is_nobodys():
+    def play(short, split): raise ValueError("too short")
+    assert rehearse(play, BASE, split_of(BASE)) is None
+    made = dict(config=1, code="a", rehearsal="b")
+    assert computes_as(dict(made, code="c", runs=[]), made) and not computes_as(dict(made, config=2), made)
+    assert not computes_as(dict(made, rehearsal=None), dict(made, rehearsal=None)) and not computes_as({}, made)
 
 
 def test_a_part_is_of_one_row_only(root, monkeypatch):

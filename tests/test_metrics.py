@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from rest_nb.metrics import group_accuracy, over_seeds
+from rest_nb.metrics import group_accuracy, holm, over_seeds, p_value
 
 many = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -134,3 +134,38 @@ def test_an_undefined_value_is_not_averaged_away():
 
 def test_results_over_seeds_are_plain_numbers():
     assert [type(value) for value in over_seeds([.5, .7]).values()] == [float, float, float, int]
+
+
+# ---------------------------------------------------------------------------------------- many comparisons
+
+@many
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=8))
+def test_p_is_that_of_the_paired_t_test(pairs):
+    ours, theirs = np.array(pairs).T
+    if np.ptp(ours - theirs) < 1e-6: return  # without spread: below
+    assert p_value(ours - theirs) == pytest.approx(stats.ttest_rel(ours, theirs).pvalue, rel=1e-6, abs=1e-12)
+
+
+def test_p_at_the_edges():
+    assert math.isnan(p_value([.3])) and math.isnan(p_value([0, 0, 0])) and p_value([.5, .5]) == 0
+    assert p_value([-1, 1]) == pytest.approx(1) and p_value([.1, .2, .3]) == p_value([-.1, -.2, -.3])
+
+
+@many
+@given(st.lists(st.one_of(st.just(math.nan), st.floats(0, 1), st.sampled_from([.01, .04])), max_size=8))
+def test_holm_by_its_definition(p):
+    """The adjusted p of a question is the smallest level at which Holm's procedure rejects it: the largest of
+    p × (questions with no smaller p), over all questions whose p is no larger."""
+    known = [q for q in p if q == q]
+    for value, adjusted in zip(p, holm(p), strict=True):
+        if value != value: assert adjusted != adjusted
+        else: assert adjusted == pytest.approx(min(1, max(q * sum(r >= q for r in known) for q in known if q <= value)))
+
+
+def test_holm_rejects_as_the_step_down_procedure_does():
+    p, level = [.001, .04, .012, .3, .02], .05
+    rejected = set()
+    for rank, i in enumerate(sorted(range(5), key=p.__getitem__)):  # by hand: .001 < .01, .012 < .0125, .02 > .0167
+        if p[i] > level / (5 - rank): break
+        rejected.add(i)
+    assert {i for i, q in enumerate(holm(p)) if q <= level} == rejected == {0, 2}

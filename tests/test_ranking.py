@@ -131,7 +131,7 @@ def test_what_was_tried_and_who_won():
                 ("red", "JTT"): search([.1, .3, .2, .3], 1, lr=[.01, .01, .02, .02], guess=["guesses.errors(steps=9)", "guesses.errors(steps=5)"] * 2)}
     table = searched(searches).fillna("")
     assert table.loc["ERM"].to_dict() == {"tried": "lr 0.01 0.02", "red": "lr 0.02", "red, valid": "48 (20)",
-                                          "blue": "lr 0.01", "blue, valid": "50 (diverged)"}
+                                          "blue": "lr 0.01", "blue, valid": "50 (failed)"}
     assert table.loc["JTT"].to_dict() == {"tried": "lr 0.01 0.02, errors(steps=9) errors(steps=5)", "red": "lr 0.01, errors(steps=5)",
                                           "red, valid": "30 (10)", "blue": "", "blue, valid": ""}
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from rest_nb.results import load_rows, table
+from rest_nb.results import load_rows, means, table
 
 ROOT = Path(__file__).parents[1]
 ACCURACIES = dict.fromkeys(("conflicting", "worst_group", "worst_cell", "unbiased"), .5)
@@ -26,6 +26,15 @@ def test_costs_are_multiples_of_erm_on_the_same_setting():
 def test_without_erm_costs_are_multiples_of_the_rows_own_dense_network():
     found = table({("red", "Sparse"): stored(1000, 20, 80, 4), ("red", "Narrow"): stored(30, 30, 5, 5)})
     assert [*found.parameters] == ["0.020×", "1.000×"] and [*found.FLOPs] == ["0.050×", "1.000×"]
+
+
+def test_means_are_over_seeds_by_setting_and_method():
+    row = lambda *shares: dict(config=dict(conflict_ratio=.01), runs=[
+        dict(seed=n, selected=dict(ACCURACIES, conflicting=share)) for n, share in enumerate(shares)])
+    found = means({("red", "ERM"): row(.2, .4), ("red", "REST"): row(.5), ("blue", "ERM"): row(.8, 1.)})
+    assert {s: {m: round(v["conflicting"], 9) for m, v in of.items()} for s, of in found.items()} == {
+        "red": {"ERM": .3, "REST": .5}, "blue": {"ERM": .9}}
+    assert set(found["red"]["ERM"]) == set(ACCURACIES) and found["blue"]["ERM"]["unbiased"] == .5
 
 
 def test_a_missing_row_says_which_pipeline_makes_it(tmp_path):

@@ -13,7 +13,8 @@ from rest_nb import search
 from rest_nb.configs import configure, read_params
 from rest_nb.data import load
 from rest_nb.experiments import run_seed
-from rest_nb.rows import run_row
+from rest_nb.reweighting import cross_entropy
+from rest_nb.rows import rehearse, run_row
 from rest_nb.search import candidates, judge, search_row, without_test
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +109,15 @@ def test_a_guess_that_tells_nobody_apart_is_worth_less_than_any():
     config = configure(SEARCHED, "search", "blobs", "ReW")
     found = judge(dataclasses.replace(config, guess="guesses.doubts(steps=1, below=1.0)"), split_of(config))
     assert found["worst_group"] < 0 and "guessed that 200 of 200" in found["why"]
+
+
+def test_a_search_is_rehearsed_by_all_that_its_runs_compute(monkeypatch):
+    config = configure(SEARCHED, "search", "blobs", "ReW")
+    rehearsed = lambda: rehearse(search.tried_out, config, split_of(config))
+    before = rehearsed()
+    assert before == rehearsed()
+    monkeypatch.setattr("rest_nb.experiments.cross_entropy", lambda logits, y, index: 1.0001 * cross_entropy(logits, y, index))
+    assert rehearsed() != before  # no accuracy has changed
 
 
 def test_the_real_search_never_reads_the_test_split(root, monkeypatch):

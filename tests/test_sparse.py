@@ -123,6 +123,10 @@ def test_dense_is_chosen_where_many_weights_are_there_or_few_samples(monkeypatch
 
 
 @pytest.mark.by_rule
+def test_a_batch_of_nobody(): assert sparsify(nn.Sequential(nn.Conv2d(2, 3, 3)), .5)(torch.rand(0, 2, 5, 5)).shape == (0, 3, 3, 3)
+
+
+@pytest.mark.by_rule
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_dense_choice_changes_rounding_only(training, grad):

@@ -75,10 +75,10 @@ def test_a_profile_adds_up_to_the_step(tiny, monkeypatch):
     found = speed.profile(tiny, .1, batch=8, rounds=2)
     assert sparse.run is run and {"first_forward", "gather", "normalise", "denormalise", "correlate"} <= {*found}
     # the clock moves by one at each look: a kernel takes 1, whatever lies between two kernels 1, and so the step
-    calls = sum(found.values()) - found["other"]
-    assert found["other"] == calls + 1 and found["first_forward"] == 1 and found["normalise"] == 2
-    table = results.profile_table({"tiny .1": found, "other": dict(found, other=0)})
-    assert table.loc["all"].tolist() == [1000 * (2 * calls + 1), 1000 * calls] and table.loc["gather", "other"] == 1000 * found["gather"]
+    calls = sum(found.values()) - found["other"] - found["step"]
+    assert found["other"] == calls + 1 and found["step"] == 2 * calls + 1 and found["first_forward"] == 1 and found["normalise"] == 2
+    table = results.profile_table({"tiny .1": found, "another": dict(other=1, step=2)})
+    assert [*table.index][-2:] == ["other", "step"] and table.loc["gather"].tolist() == [1000 * found["gather"], 0]
 
 
 def test_choices_ask_both_ways(monkeypatch):
@@ -86,10 +86,11 @@ def test_choices_ask_both_ways(monkeypatch):
     asked, real = [], sparse.SparseConv2d.scatter
     monkeypatch.setattr(sparse.SparseConv2d, "scatter", lambda layer, x: asked.append(len(x)) or real(layer, x))
     lines = speed.choices(((60, 4, 5),), (.01, 1.), (1, 20))
-    assert asked == [1, 20, 1, 20] and [line["is_chosen"] for line in lines] == [False, False, True, True]
-    assert [(line["channels"], line["density"], line["batch"]) for line in lines] == [(60, .01, 1), (60, .01, 20), (60, 1., 1), (60, 1., 20)]
+    assert asked == [1, 20, 20] * 2 and [line["is_chosen"] for line in lines] == [False] * 3 + [True] * 3
+    assert [(line["channels"], line["density"], line["batch"], line["training"]) for line in lines] == [
+        (60, density, *how) for density in (.01, 1.) for how in ((1, False), (20, False), (20, True))]
     table = results.choices_table([dict(line, dense=3., kernels=2.) for line in lines])
-    assert table.loc[.01, (60, 1)] == "1.50" and table.loc[1., (60, 20)] == "1.50*"
+    assert table.loc[.01, (60, False, 1)] == "1.50" and table.loc[1., (60, True, 20)] == "1.50*"
 
 
 def test_bar():

@@ -1,6 +1,8 @@
 """Workers: two processes of this machine, one of which is killed in earnest."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -10,11 +12,9 @@ import pytest
 from test_checkpoints import result, study
 from test_experiments import make_root, write_params
 
-from rest_nb.rows import THREADS, run_row
+from rest_nb import workers
+from rest_nb.rows import THREADS
 from rest_nb.workers import client, do_all, train
-
-
-def processes(scheduler): return [worker["pid"] if "pid" in worker else None for worker in scheduler.scheduler_info()["workers"].values()]
 
 
 def environment(name):
@@ -52,7 +52,12 @@ def test_nothing_to_do_is_done(two): assert do_all(two, wait_or_fail, []) == {}
 
 
 def test_where_no_scheduler_is_an_error_says_so():
-    with pytest.raises(OSError): client("tcp://127.0.0.1:1")
+    with pytest.raises(OSError), client("tcp://127.0.0.1:1"): pass
+    with pytest.raises(ValueError, match="^0 workers; expected 1"), client(0): pass
+
+
+def test_workers_of_a_scheduler_at_an_address_are_found(two):
+    with client(two.scheduler.address) as found: assert do_all(found, wait_or_fail, [("a",)], lambda line: None) == {}
 
 
 def test_a_row_whose_worker_is_killed_is_finished_by_another(tmp_path, two):
@@ -68,7 +73,8 @@ def test_a_row_whose_worker_is_killed_is_finished_by_another(tmp_path, two):
     killer.start()
     failed = do_all(two, run_and_tell, [(str(root), "tiny", "blobs", "it")], lambda line: None)
     killer.join(10)
-    two.gather(two.submit(run_and_tell, str(undisturbed), "tiny", "blobs", "it", pure=False))
+    alone = multiprocessing.get_context("forkserver").Process(target=run_and_tell, args=(str(undisturbed), "tiny", "blobs", "it"))
+    alone.start(); alone.join()
     assert failed == {} and pids and result(root) == result(undisturbed)
     assert (root / "pids").read_text().count("\n") == 2  # two processes have worked on it
 
@@ -81,7 +87,6 @@ def run_and_tell(root, *row):
 
 
 def test_a_study_is_what_is_pending_and_searches_come_first(tmp_path, monkeypatch):
-    from rest_nb import workers
     tiny = study("REST")
     tiny["grids"] = dict(ERM=dict(lr=[.01, .05]), it=dict(lr=[.01, .05]))
     tiny["budgets"] = dict(tiny=tiny["budgets"]["tiny"], search=dict(tiny["budgets"]["tiny"], seeds=[7]),
@@ -93,12 +98,12 @@ def test_a_study_is_what_is_pending_and_searches_come_first(tmp_path, monkeypatc
     def inline(client, function, tasks, told):
         for task in tasks:
             asked.append((function.func.__name__, *task))
-            if function.func.__name__ == "search_row":
+            if function.func.__name__ == "search":
                 (root / "runs" / "search" / f"{'-'.join(task)}.json").write_text(json.dumps(dict(winner=dict(lr=.05))))
-        return {("blobs", "it"): ValueError("no")} if function.func.__name__ == "search_row" else {}
+        return {("blobs", "it"): ValueError("no")} if function.func.__name__ == "search" else {}
     monkeypatch.setattr(workers, "do_all", inline)
-    monkeypatch.setattr(workers, "client", lambda where: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(workers, "client", lambda where: contextlib.nullcontext())
     failed = train(root, 2, ["tiny", "rivals"])
-    assert asked == [("search_row", "blobs", "ERM"), ("search_row", "blobs", "it"), ("run_row", "tiny", "blobs", "ERM"), ("run_row", "tiny", "blobs", "it"),
-                     ("run_row", "rivals", "blobs", "ERM")]  # the other has no settings yet
+    assert asked == [("search", "blobs", "ERM"), ("search", "blobs", "it"), ("row", "tiny", "blobs", "ERM"), ("row", "tiny", "blobs", "it"),
+                     ("row", "rivals", "blobs", "ERM")]  # the other has no settings yet
     assert [*failed] == [("blobs", "it")]
