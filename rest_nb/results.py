@@ -4,7 +4,7 @@
 __all__ = ['GROUPS', 'METHOD_COLOURS', 'MARKS', 'SETS', 'BUDGETS', 'load_rows', 'accuracies', 'histories', 'percent', 'table',
            'load_seconds', 'paired_difference', 'differences', 'accuracy_figure', 'learning_figure', 'turning_points',
            'examples_figure', 'counts', 'all_rows', 'readme_table', 'with_table', 'load_speed', 'speed_ratios',
-           'speed_figure', 'bar_table', 'layers_table', 'assembly_table']
+           'speed_figure', 'bar_table', 'layers_table', 'profile_table', 'choices_table', 'assembly_table']
 
 # %% ../nbs/0c_results.ipynb #d696110b
 from pathlib import Path
@@ -264,6 +264,22 @@ def layers_table(lines):
     limit = t[["flops", "bytes"]].max(axis=1)
     return pd.DataFrame(dict(weights=t.weights, ms=1000 * t.seconds, flops=1000 * t.flops, bytes=1000 * t.bytes,
                              binds=t[["flops", "bytes"]].idxmax(axis=1), of_limit=limit / t.seconds))
+
+
+def profile_table(profiles):
+    "Milliseconds of a training step by kernel, a column for each network and density, and their sum. `profiles`: {name: what `speed.profile` gave}."
+    t = 1000 * pd.DataFrame(profiles)
+    return pd.concat([t, t.sum().to_frame("all").T])
+
+
+def choices_table(lines):
+    """How many times faster the kernels are than a dense weight, by density, channels and batch; a star where the dense one is chosen.
+
+    `lines`: what `speed.choices` gave.
+    """
+    t = pd.DataFrame(lines)
+    t["ratio"] = [f"{dense / kernels:.2f}" + "*" * chosen for dense, kernels, chosen in zip(t.dense, t.kernels, t.is_chosen)]
+    return t.pivot(index="density", columns=["channels", "batch"], values="ratio")
 
 # %% ../nbs/0c_results.ipynb #dd854461
 def assembly_table(root):

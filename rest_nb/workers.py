@@ -54,5 +54,6 @@ def train(root, where, budgets, told=functools.partial(print, file=sys.stderr)):
                     if f"{setting}-{method}" not in params["winners"]]
         failed |= do_all(workers, functools.partial(search_row, str(root)), searches, told)
         params = read_params(root / "params.yaml")
-        rows = [(budget, *row) for budget in budgets for row in pending(root, params, budget) if row not in failed]
+        rows = [(budget, *row) for budget in budgets for row in pending(root, params, budget)
+                if budget not in tuned or row not in failed]
         return failed | do_all(workers, functools.partial(run_row, str(root)), rows, told)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -81,7 +81,13 @@ def check(ours, dense, mask, x, g):
     if dense.bias is not None: assert is_close(to["bias"], to2["bias"].float(), 1e-6, top(to3["bias"]))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@pytest.fixture(autouse=True)
+def kernels_only(monkeypatch, request):
+    "These tests are of the kernels, however small their layers; those marked `by_rule` let the layer choose."
+    if "by_rule" not in request.keywords: monkeypatch.setattr(SparseConv2d, "is_better_dense", lambda layer, batch: False)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(convolutions())
 def test_convolution_is_the_masked_dense_one(case):
     layer, shape, share = case
@@ -89,6 +95,59 @@ def test_convolution_is_the_masked_dense_one(case):
     x = torch.randn(shape)
     with torch.no_grad(): g = torch.randn_like(dense(x))
     check(SparseConv2d(copy.deepcopy(dense), mask), dense, mask, x, g)
+
+
+@pytest.mark.by_rule
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(convolutions())
+def test_a_dense_choice_is_the_masked_dense_one(case):
+    layer, shape, share = case
+    dense, mask = masked(layer, share)
+    ours, x = SparseConv2d(copy.deepcopy(dense), mask), torch.randn(shape)
+    ours.is_better_dense = lambda batch: True
+    with torch.no_grad(): g = torch.randn_like(dense(x))
+    check(ours, dense, mask, x, g)
+
+
+@pytest.mark.by_rule
+@pytest.mark.parametrize("inputs, kernel, batch, at_least", [  # of each output's weights: 300 and a sixth of all, by how far vectors are filled
+    (64, 3, 256, 397), (256, 3, 256, 685), (64, 1, 256, None), (256, 1, 1, 22),
+    (64, 3, 1, 25), (64, 3, 17, 211), (64, 3, 8, 199)])
+def test_dense_is_chosen_where_many_weights_are_there_or_few_samples(monkeypatch, inputs, kernel, batch, at_least):
+    monkeypatch.setattr(sparse.kernels, "LANES", 16)
+    def layer(kept):
+        conv = nn.Conv2d(inputs, 10, kernel)
+        return SparseConv2d(conv, (torch.arange(conv.weight[0].numel()) < kept).view_as(conv.weight[0]).expand_as(conv.weight))
+    if at_least is None: assert not layer(inputs * kernel ** 2).is_better_dense(batch)
+    else: assert layer(at_least).is_better_dense(batch) and not layer(at_least - 1).is_better_dense(batch)
+
+
+@pytest.mark.by_rule
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_dense_choice_changes_rounding_only(training, grad):
+    dense = chain(channels=60)
+    ours = sparsify(copy.deepcopy(dense), .9).train(training)
+    with torch.no_grad(): dense[0].weight.mul_(ours[0].mask)
+    dense.train(training)
+    x = torch.randn(64, 60, 8, 7)
+    assert ours[0].is_better_dense(len(x))
+    with grad(), torch.autocast("cpu", torch.bfloat16): out = ours(x)  # single precision, as the kernels
+    assert out.dtype == torch.float32 and is_close(out, dense(x), 1e-5)
+    for name in ("running_mean", "running_var"): assert is_close(getattr(ours[1], name), getattr(dense[1], name), 1e-5)
+
+
+@pytest.mark.by_rule
+def test_rigl_sees_the_same_gradient_through_a_dense_choice(monkeypatch):
+    conv = nn.Conv2d(4, 6, 3)
+    ours = SparseConv2d(conv, torch.rand(conv.weight.shape) < .8)
+    x, found = torch.randn(32, 4, 9, 9), []
+    for is_dense in (True, False):
+        monkeypatch.setattr(SparseConv2d, "is_better_dense", lambda layer, batch: is_dense)
+        ours.wanted = True
+        ours(x).square().sum().backward()
+        found.append(ours.gradient())
+    assert is_close(*found, 1e-4) and found[0].shape == conv.weight.shape and found[0][~ours.mask].abs().min() > 0
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

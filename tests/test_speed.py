@@ -68,6 +68,30 @@ def test_layers_table_says_what_binds():
     assert table.binds.tolist() == ["bytes", "flops"] and table.of_limit.tolist() == [.5, .75]
 
 
+def test_a_profile_adds_up_to_the_step(tiny, monkeypatch):
+    ticks = iter(range(10 ** 6))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(ticks))
+    run = sparse.run
+    found = speed.profile(tiny, .1, batch=8, rounds=2)
+    assert sparse.run is run and {"first_forward", "gather", "normalise", "denormalise", "correlate"} <= {*found}
+    # the clock moves by one at each look: a kernel takes 1, whatever lies between two kernels 1, and so the step
+    calls = sum(found.values()) - found["other"]
+    assert found["other"] == calls + 1 and found["first_forward"] == 1 and found["normalise"] == 2
+    table = results.profile_table({"tiny .1": found, "other": dict(found, other=0)})
+    assert table.loc["all"].tolist() == [1000 * (2 * calls + 1), 1000 * calls] and table.loc["gather", "other"] == 1000 * found["gather"]
+
+
+def test_choices_ask_both_ways(monkeypatch):
+    monkeypatch.setattr(speed, "alternate", once)
+    asked, real = [], sparse.SparseConv2d.scatter
+    monkeypatch.setattr(sparse.SparseConv2d, "scatter", lambda layer, x: asked.append(len(x)) or real(layer, x))
+    lines = speed.choices(((60, 4, 5),), (.01, 1.), (1, 20))
+    assert asked == [1, 20, 1, 20] and [line["is_chosen"] for line in lines] == [False, False, True, True]
+    assert [(line["channels"], line["density"], line["batch"]) for line in lines] == [(60, .01, 1), (60, .01, 20), (60, 1., 1), (60, 1., 20)]
+    table = results.choices_table([dict(line, dense=3., kernels=2.) for line in lines])
+    assert table.loc[.01, (60, 1)] == "1.50" and table.loc[1., (60, 20)] == "1.50*"
+
+
 def test_bar():
     made_up = dict(networks=dict(CNN=dict(training={"dense fp32": 2., "dense bf16": 1., "masked": 3., "0.01": .5})))
     table = results.bar_table(made_up, {("CNN", "0.01"): {"dense fp32": 4, "dense bf16": 3}})
