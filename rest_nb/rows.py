@@ -79,10 +79,7 @@ def write_json(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
     try:
-        with open(aside, "w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        aside.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(aside, path)
     finally: aside.unlink(missing_ok=True)
 

@@ -154,7 +154,7 @@ def profile(network, density, batch=256, rounds=20):
 SHAPES = ((64, 64, 32), (256, 256, 8))  # channels before and after a 3×3 convolution, pixels a side
 
 
-def choices(shapes=SHAPES, densities=(.02, .05, .1, .2, .35, .5, .7, 1.), batches=(1, 8, 256), rounds=9):
+def choices(shapes=SHAPES, densities=(.02, .05, .1, .2, .5, 1.), batches=(1, 8, 256), rounds=3):
     """Seconds of a convolution in evaluation, and for the largest batch in training, by kernels and by a dense weight, and whether the
     layer would choose the latter: a list of dicts.
     """
@@ -169,8 +169,9 @@ def choices(shapes=SHAPES, densities=(.02, .05, .1, .2, .35, .5, .7, 1.), batche
 
             def ask(is_dense):
                 layer.is_better_dense = lambda batch: is_dense
-                with torch.set_grad_enabled(is_training): y = sparse.innermost(layer(x))
-                if is_training: y.backward(torch.ones_like(y))
+                with torch.set_grad_enabled(is_training): y = layer(x)
+                g = sparse.innermost(y.detach())  # what the next layer does, and gives back
+                if is_training: y.backward(g)
             taken = alternate(dict(kernels=lambda: ask(False), dense=lambda: ask(True)), rounds)
             lines.append(dict(channels=before, batch=batch, training=is_training, density=density, **taken, is_chosen=is_chosen))
     return lines

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .batches import assemble
 from .metrics import group_accuracy
 from .models import evaluating
+from .parallel import over_all
 from .reweighting import cross_entropy
 
 # %% ../nbs/08_training.ipynb #78a92c65
@@ -132,7 +133,7 @@ class Fit:
     def evaluate(self, number, valid):
         "Ask the validation split, and keep the state if it is the best so far."
         model, how = self.steps.model, {name: self.steps.step[name] for name in ("precision", "inputs") if name in self.steps.step}
-        now = dict(step=number, loss=sum(self.losses) / len(self.losses), **validate(model, valid, **how))
+        now = dict(step=number, loss=over_all(sum(self.losses) / len(self.losses)), **validate(model, valid, **how))
         if number >= self.select_from:
             best = {rule: next(entry[rule] for entry in self.history if entry["step"] == step) for rule, (step, _) in self.best.items()}
             better = [rule for rule in SELECTION if rule not in best or now[rule] >= best[rule]]

@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import math
 import multiprocessing
 import os
 import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -46,18 +44,19 @@ def study(method):
                 budgets=dict(tiny=LONG))
 
 
-def train(root, made=None):
-    "`made`: a file that tells how many steps this process has made."
+def train(root, made, dies=None):
+    "`made`: a file that tells how many steps this process has made. `dies`: (\"step\" or \"write\", at which of them)."
     torch.set_num_threads(1)
-    real = Steps.__next__
+    counts = dict(step=0, write=0)
 
-    def counting(steps):
-        result = real(steps)
-        if made: Path(made).write_text(str(counting.count))
-        counting.count += 1
-        return result
-    counting.count = 1
-    Steps.__next__ = counting
+    def watched(name, real):
+        def call(*args):
+            counts[name] += 1
+            Path(made).write_text(str(counts["step"]))
+            if dies == (name, counts[name]): os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+        return call
+    Steps.__next__, os.replace = watched("step", Steps.__next__), watched("write", os.replace)
     run_row(root, "tiny", "blobs", "it")
 
 
@@ -67,39 +66,33 @@ def result(root): return (root / "runs" / "tiny" / "rows" / "blobs-it.json").rea
 def context():
     "Processes that start with all imports done, and with no thread."
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["rest_nb.rows", "rest_nb.pruning", "rest_nb.debiasing", "rest_nb.disentangling"])
+    forks.set_forkserver_preload(["test_checkpoints", "rest_nb.pruning", "rest_nb.debiasing", "rest_nb.disentangling"])
     return forks
 
 
 @pytest.mark.parametrize("method", ["REST", "LfF"])
 def test_a_row_killed_at_random_points_ends_in_the_same_bits(tmp_path, method):
     undisturbed, root = (make_root(tmp_path / name, study(method)) for name in ("undisturbed", "killed"))
-    forks, draw, kills, steps = context(), random.Random(0), 0, tmp_path / "steps"
+    forks, draw, steps, made = context(), random.Random(0), tmp_path / "steps", []
 
-    def run(root, seconds=None):
-        "Train in a process of its own, which is killed after so many seconds: whether it was."
-        process = forks.Process(target=train, args=(root, steps))
+    def run(root, dies=None):
+        "Train in a process of its own: whether it was killed."
+        process = forks.Process(target=train, args=(root, steps, dies))
         process.start()
-        process.join(seconds)
-        was_killed = process.exitcode is None
-        if was_killed: os.kill(process.pid, signal.SIGKILL)
         process.join()
-        assert was_killed or process.exitcode == 0
-        return was_killed
-    run(make_root(tmp_path / "first", study(method)))  # starts what starts processes
-    start = time.perf_counter()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode == 0: made.append(int(steps.read_text()))
+        return process.exitcode != 0
     run(undisturbed)
-    lasts, whole, fewest = time.perf_counter() - start, int(steps.read_text()), math.inf
-    for _ in range(60):
-        if kills == 10: break
-        if run(root, draw.uniform(.2, .95) * lasts): kills += 1
+    kills = 0
+    while kills < 10:
+        kind, most = draw.choice([("step", made[0]), ("write", 12)])
+        if run(root, (kind, draw.randint(1, most))): kills += 1
         else:  # this time it came to its end: begin anew
             assert result(root) == result(undisturbed)
-            fewest = min(fewest, int(steps.read_text()))
             (root / "runs" / "tiny" / "rows" / "blobs-it.json").unlink()
     run(root)
-    assert kills == 10 and result(root) == result(undisturbed)
-    assert min(fewest, int(steps.read_text())) < whole  # what was put aside was not made again
+    assert result(root) == result(undisturbed) and min(made) < made[0]  # what was put aside was not made again
     assert not any((root / ".parts").iterdir())
 
 

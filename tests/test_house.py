@@ -43,7 +43,7 @@ def test_imports_only_go_down_the_numbers(module):
 
 
 def test_training_has_never_heard_of_sparsity():
-    assert imported(ROOT / "rest_nb" / "training.py") <= {"batches", "data", "metrics", "models", "reweighting"}
+    assert imported(ROOT / "rest_nb" / "training.py") <= {"batches", "data", "metrics", "models", "parallel", "reweighting"}
     assert not re.search(r"mask|sparse|density|conflict_ratio|upweight", (ROOT / "rest_nb" / "training.py").read_text())
 
 

@@ -27,7 +27,7 @@ def meet(rank, n, folder, function, *args):
 def by_two(folder, function, *args):
     "What each of two processes says."
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["rest_nb.rows"])
+    forks.set_forkserver_preload(["test_parallel"])
     both = [forks.Process(target=meet, args=(rank, 2, str(folder), function, *args)) for rank in (0, 1)]
     for process in both: process.start()
     for process in both:

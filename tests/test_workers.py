@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 
+import dask
 import pytest
 from test_checkpoints import result, study
 from test_experiments import make_root, write_params
@@ -52,7 +53,7 @@ def test_nothing_to_do_is_done(two): assert do_all(two, wait_or_fail, []) == {}
 
 
 def test_where_no_scheduler_is_an_error_says_so():
-    with pytest.raises(OSError), client("tcp://127.0.0.1:1"): pass
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}), pytest.raises(OSError), client("tcp://127.0.0.1:1"): pass
     with pytest.raises(ValueError, match="^0 workers; expected 1"), client(0): pass
 
 
@@ -83,7 +84,7 @@ def run_and_tell(root, *row):
     from pathlib import Path
     (Path(root) / "pid").write_text(str(os.getpid()))
     with open(Path(root) / "pids", "a") as file: file.write(f"{os.getpid()}\n")
-    run_row(root, *row)
+    workers.row(root, *row)
 
 
 def test_a_study_is_what_is_pending_and_searches_come_first(tmp_path, monkeypatch):
