@@ -1,9 +1,7 @@
 """One run of two processes: gloo on this machine, against one process with the same batches."""
-import multiprocessing
-
 import pytest
 import torch
-from test_checkpoints import result, study
+from test_checkpoints import context, result, study
 from test_experiments import make_root, split_of
 from torch import distributed, nn
 from torch.nn import functional as F
@@ -26,8 +24,7 @@ def meet(rank, n, folder, function, *args):
 
 def by_two(folder, function, *args):
     "What each of two processes says."
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["test_parallel"])
+    forks = context()
     both = [forks.Process(target=meet, args=(rank, 2, str(folder), function, *args)) for rank in (0, 1)]
     for process in both: process.start()
     for process in both:
