@@ -36,7 +36,7 @@ runs/quick/accuracy.csv: ;
 data: install ## Fetch the raw images, by hash
 	@dvc repro --quiet data.dvc
 
-test: data ## Check export, notebooks, library (pytest) and every stored output (nbval); about 4 minutes
+test: data ## Check export, notebooks, library (pytest) and every stored output (nbval); about 7 minutes
 	@.ci/exported
 	pytest -n 2 --dist loadfile tests
 	pytest -n 2 --dist loadfile -q --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg $(NOTEBOOKS)
