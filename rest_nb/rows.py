@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['THREADS', 'code_of', 'code_hash', 'stamp', 'file_hash', 'write_json', 'read_json', 'rehearse', 'computes_as', 'ready',
-           'images_path', 'pending', 'row_path', 'run_row', 'ticking', 'machine']
+           'images_path', 'pending', 'row_path', 'lasting', 'run_row', 'ticking', 'machine']
 
 # %% ../nbs/09_rows.ipynb #d6df85fd
 import ast
@@ -143,12 +143,19 @@ def row_path(root, budget, setting, method, kind="rows"):
     return Path(root) / "runs" / budget / kind / f"{setting}-{method}.json"
 
 
+def lasting(stored, made):
+    "The runs of a stored row that stay, {seed: run}: all where it `computes_as` `made`, whatever the number of seeds; else none."
+    if not stored: return {}
+    seeds = stored["config"]["seeds"]
+    return dict(zip(seeds, stored["runs"])) if computes_as(stored, dict(made, config=dict(made["config"], seeds=seeds))) else {}
+
+
 def run_row(root, budget, setting, method, is_alone=True):
     """Train and test all seeds of one row;
     returns its result, a dict, and stores it under `root`/runs as JSON.
 
-    What is stored already stays, if it was made with the same configuration, versions and data, and by the same code or by
-    code whose rehearsal comes out the same. Delete the file to have it trained anew.
+    What is stored already stays, seed by seed, if it was made with the same configuration, versions and data, and by the same
+    code or by code whose rehearsal comes out the same. Delete the file to have it trained anew.
     Wall-clock seconds and peak memory (bytes) go to a file of their own, under seconds/:
     they differ from run to run. `is_alone`: does nothing else run on this machine?
     """
@@ -157,17 +164,19 @@ def run_row(root, budget, setting, method, is_alone=True):
     split = functools.cache(lambda name: load(images_path(root, setting), name))
     made = stamp(config, images_path(root, setting))
     made["rehearsal"] = rehearse(lambda short, split: run_seed(short, short.seeds[0], split)[0], config, split)
-    path, runs, seconds, trained_by = row_path(root, budget, setting, method), [], [], {}
-    if computes_as(stored := read_json(path, {}), made):
-        result = stored | made | dict(cost=cost(config, [run["spent"] for run in stored["runs"]]))
-        write_json(path, result)
-        return result
+    path, timed = (row_path(root, budget, setting, method, kind) for kind in ("rows", "seconds"))
+    stored = read_json(path, {})
+    runs = lasting(stored, made)
+    seconds = dict(zip(runs, read_json(timed, {}).get("training", ())))
+    trained_by = dict.fromkeys(stored["trained_by"].split() if runs else ())
+    missing = [seed for seed in config.seeds if seed not in runs]
     todo = len({*pending(root, params, budget), (setting, method)}) * len(config.seeds) * config.steps
-    with tqdm(total=todo, unit="step", mininterval=2,
+    with tqdm(total=todo, unit="step", mininterval=2, disable=not missing,
               bar_format="{desc} |{bar:20}| of all that is left: {percentage:.0f} %, {remaining} to go",
               file=sys.stderr) as bar:
-        for number, seed in enumerate(config.seeds, 1):
-            bar.set_description_str(f"{budget} {setting} {method} seed {number}/{len(config.seeds)}")
+        bar.update((len(config.seeds) - len(missing)) * config.steps)
+        for seed in missing:
+            bar.set_description_str(f"{budget} {setting} {method} seed {config.seeds.index(seed) + 1}/{len(config.seeds)}")
             part = Path(root) / ".parts" / f"{budget}-{setting}-{method}-{seed}.json"
             stored = read_json(part, {})
             if not computes_as(stored.get("made", {}), made):
@@ -178,14 +187,14 @@ def run_row(root, budget, setting, method, is_alone=True):
                 if is_first(): checkpoint.clear()
             else: bar.update(config.steps)
             trained_by[stored["made"]["code"]] = ...
-            runs.append(stored["result"])
-            seconds.append(stored["seconds"])
+            runs[seed], seconds[seed] = stored["result"], stored["seconds"]
+    runs = [runs[seed] for seed in config.seeds]
     result = dict(budget=budget, setting=setting, method=method, **made, trained_by=" ".join(trained_by),
                   cost=cost(config, [run["spent"] for run in runs]), runs=runs)
     write_json(path, result)
-    write_json(row_path(root, budget, setting, method, "seconds"),
-               dict(machine=machine(), is_alone=is_alone, training=seconds, peak_memory=peak_memory()))
-    for seed in config.seeds if is_first() else ():
+    timings = dict(machine=machine(), is_alone=is_alone, peak_memory=peak_memory()) if missing else read_json(timed, {})
+    if seconds: write_json(timed, dict(timings, training=[seconds[seed] for seed in config.seeds if seed in seconds]))
+    for seed in missing if is_first() else ():
         (Path(root) / ".parts" / f"{budget}-{setting}-{method}-{seed}.json").unlink(missing_ok=True)
     return result
 

@@ -6,7 +6,7 @@ __all__ = ['load_torchvision']
 # %% ../nbs/00_shim.ipynb #95b47b9f
 import sys
 
-import torch
+from torch import library
 
 # %% ../nbs/00_shim.ipynb #5a5abff4
 _SCHEMAS = {
@@ -27,5 +27,5 @@ def load_torchvision():
             if name is None or name in _declared: raise
             for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
                 del sys.modules[module]
-            _declared[name] = torch.library.Library("torchvision", "FRAGMENT")
+            _declared[name] = library.Library("torchvision", "FRAGMENT")
             _declared[name].define(_SCHEMAS[name])

@@ -855,9 +855,9 @@ def test_a_row_that_died_goes_on_where_it_was(root, tmp_path, monkeypatch):
 class Bar:
     "Stands in for tqdm and keeps what it is told."
     bars = []
-    def __init__(self, total, file, **look):
+    def __init__(self, total, file, disable, **look):
         self.total, self.done, self.file = total, 0, file
-        Bar.bars.append(self)
+        if not disable: Bar.bars.append(self)
     def __enter__(self): return self
     def __exit__(self, *error): return False
     def set_description_str(self, text): self.text = text
@@ -916,6 +916,26 @@ def test_a_row_stays_where_other_code_computes_the_same(root, monkeypatch):
     after = row(root)
     assert trained == [] and after == before | dict(code="another", cost=dict(counted=2)) and after["trained_by"] == before["code"]
     assert json.loads(stored(root).read_text()) == json.loads(json.dumps(after)) and seconds_of(root) == taken
+
+
+def test_more_seeds_are_trained_to_those_that_are_stored(root, tmp_path, monkeypatch):
+    before, taken = row(root), seconds_of(root)["training"]
+    for seeds, missing in ([1, 2, 3], [3]), ([1, 3], []):
+        write_params(root, edited("budgets", "tiny", seeds=seeds))
+        with monkeypatch.context() as patch:
+            patch.setattr(keeping, "code_hash", lambda config: "another")
+            trained = spy_on_seeds(patch)
+            after = row(root)
+        assert trained == missing and not leftovers(root)
+        assert len(seconds_of(root)["training"]) == len(seeds) and seconds_of(root)["training"][0] == taken[0]
+    undisturbed = make_root(tmp_path / "undisturbed")
+    write_params(undisturbed, edited("budgets", "tiny", seeds=[1, 3]))
+    whole = row(undisturbed)
+    assert after == whole | dict(code="another", trained_by=f"{before['code']} another")
+    write_params(root, edited("budgets", "tiny", seeds=[3, 1]))
+    trained = spy_on_seeds(monkeypatch)
+    row(root)
+    assert trained == [3, 1]  # rehearsed by its first seed, which is another
 
 
 def rehearsed(method="REST", **changes):

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from torch import library
 
 from rest_nb import shim
 from rest_nb.shim import load_torchvision
@@ -23,7 +24,7 @@ def fake_torchvision(tmp_path, monkeypatch):
         def __init__(self, namespace, kind): assert (namespace, kind) == ("torchvision", "FRAGMENT")
         def define(self, schema): declared.append(schema.split("(")[0])
     monkeypatch.setattr(shim, "_declared", {})
-    monkeypatch.setattr(torch.library, "Library", Library)
+    monkeypatch.setattr(library, "Library", Library)
     monkeypatch.setattr(torch, "declared_by_test", declared, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
 
