@@ -80,12 +80,12 @@ def weighted_cross_entropy(weights):
     return loss
 
 # %% ../nbs/06_reweighting.ipynb #c3f389eb
-def sample(run):
-    "Batches in which conflicting samples are drawn `upweight` times as often: the paper's way."
-    config, weights = run.config, sample_weights(run.is_conflicting, run.config.upweight)
+def sample(run, upweight=None):
+    "Batches in which conflicting samples are drawn `upweight` (or the setting's) times as often: the paper's way."
+    config, weights = run.config, sample_weights(run.is_conflicting, run.config.upweight if upweight is None else upweight)
     return dict(batches=weighted_batches(weights, config.batch_size, config.steps, run.generator))
 
 
-def weigh(run):
-    "A loss in which conflicting samples count `upweight` times as much."
-    return dict(loss=weighted_cross_entropy(sample_weights(run.is_conflicting, run.config.upweight)))
+def weigh(run, upweight=None):
+    "A loss in which conflicting samples count `upweight` (or the setting's) times as much."
+    return dict(loss=weighted_cross_entropy(sample_weights(run.is_conflicting, run.config.upweight if upweight is None else upweight)))

@@ -224,12 +224,12 @@ class SparseConv2d(nn.Module):
         self.values = nn.Parameter(layer.weight.detach().flatten()[self.positions.long()], layer.weight.requires_grad)
         # A batch-norm done in the same go (in a list: it stays its parent's child), and 0 for a ReLU after it.
         self.norm, self.floor = [], -float("inf")
-        self.made, self.caught, self.wanted = None, [], False
+        self.made, self.asked, self.caught, self.wanted = None, None, [], False
         self.train(layer.training)
 
     def extra_repr(self): return f"{len(self.values)} of {'×'.join(map(str, self.shape))}"
 
-    def __getstate__(self): return dict(self.__dict__, made=None, caught=[], is_wanted=False)
+    def __getstate__(self): return dict(self.__dict__, made=None, asked=None, caught=[], is_wanted=False)
 
     @property
     def wanted(self):
@@ -256,6 +256,7 @@ class SparseConv2d(nn.Module):
                 raise ValueError(f"input is {x.dtype}; expected {self.values.dtype} for {self}")
             x = x.to(self.values.dtype)
         if added is not None: added = added.to(x.dtype)
+        if torch.is_grad_enabled(): self.asked = None
         norm = self.norm[0] if self.norm else None
         is_ours = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         by_kernels = is_ours and not self.is_better_dense(len(x))
@@ -272,16 +273,23 @@ class SparseConv2d(nn.Module):
         return x if self.floor else x.relu()
 
     def is_better_dense(self, batch):
-        """Is a dense weight, made for the moment, faster than the kernels? They do a sixth of PyTorch's multiplications in the
-        same time; before and after these, PyTorch orders images otherwise, which costs 300 for each output. Where samples do
-        not fill the kernels' vectors, the rest is lost: one alone pays for a vector.
+        """Is a dense weight faster than the kernels? They do a sixth of PyTorch's multiplications in the same time; before
+        and after these, PyTorch orders images otherwise, which costs 300 for each output, and it reads all weights, which costs
+        one for each. Where samples do not fill the kernels' vectors, the rest is lost: one alone pays for a vector.
         """
         vectors, each = -(-batch // kernels.LANES), self.shape[1:].numel()
-        return len(self.values) / self.shape[0] * vectors * kernels.LANES > (300 + each / 6) * batch > 0
+        return len(self.values) / self.shape[0] * vectors * kernels.LANES > (300 + each / 6) * batch + each and batch > 0
 
     def scatter(self, x):
-        "The convolution with a dense weight, made for the moment."
-        weight = self.dense()
+        """The convolution with a dense weight, made for the moment; who only asks finds that of the last time
+        (`asked`: positions, their version, values, weight), if it still is the one.
+        """
+        if torch.is_grad_enabled(): weight = self.dense()
+        else:
+            positions, version, values, weight = self.asked or [None] * 4
+            if positions is not self.positions or version != positions._version or not values.equal(self.values):
+                weight = self.dense()
+                self.asked = self.positions, self.positions._version, self.values.clone(), weight
         if self.wanted and weight.requires_grad: weight.register_hook(lambda g: self.caught.append(g.detach))
         return F.conv2d(x, weight.view((*self.shape, 1, 1)[:4]), self.bias, self.stride, self.padding, self.dilation,
                         self.groups)
