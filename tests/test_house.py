@@ -95,6 +95,19 @@ def test_stages_are_the_rows_of_params(budget):
     assert [out for out in stage["outs"] if f"runs/{budget}/rows/${{item.setting}}-${{item.method}}.json" in out]
 
 
+def test_looks_depend_on_what_they_use_and_no_others():
+    code = {f"rest_nb/{module}.py" for module in (*code_of("looks.answers"), "notebooks")}
+    assert set(stages()["looks"]["deps"]) == code | {"nbs/15_looks.ipynb", "sets/cmnist-0005.npz"}
+    used = imported_by_notebook(ROOT / "nbs" / "15_looks.ipynb")
+    assert used <= {dep.removeprefix("rest_nb/").removesuffix(".py") for dep in stages()["looks"]["deps"]}
+
+
+def imported_by_notebook(path):
+    source = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+    return {name for line in re.findall(r"^from rest_nb import (.+)$", source, re.M) for name in line.split(", ")} \
+        | set(re.findall(r"^from rest_nb\.(\w+) import", source, re.M))
+
+
 def test_every_sweep_has_its_accuracies(): assert stages()["sweeps"]["matrix"]["budget"] == SWEEPS
 
 
