@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PAGES', 'COMMANDS', 'fetch', 'sets', 'build', 'compile', 'row', 'together', 'search', 'train', 'seconds', 'speed',
-           'table', 'page', 'show', 'untuned', 'check', 'clean', 'rerun', 'main']
+           'looks', 'table', 'page', 'show', 'untuned', 'check', 'clean', 'rerun', 'main']
 
 # %% ../nbs/0d_commands.ipynb #f4ddf409
 import argparse
@@ -119,6 +119,11 @@ def speed(root):
         execute(root / "nbs" / f"{source}.ipynb", root / "runs" / "speed" / f"{name}.ipynb")
 
 
+def looks(root):
+    "Train some networks again, and ask what they look at and where their weights lie: runs/looks."
+    execute(root / "nbs" / "15_looks.ipynb", root / "runs" / "looks" / "looks.ipynb")
+
+
 def table(root, budget):
     "Write the accuracies of a BUDGET, a line for each row and seed, to runs/BUDGET/accuracy.csv; means to metrics.json."
     from rest_nb.results import accuracies, load_rows, means
@@ -195,7 +200,7 @@ def rerun(root, *paths):
         execute(path, path, cwd=path.parent)
 
 # %% ../nbs/0d_commands.ipynb #ac0d3411
-COMMANDS = {f.__name__: f for f in (fetch, sets, compile, row, together, search, train, seconds, speed, table, page, show, check, clean, rerun)}
+COMMANDS = {f.__name__: f for f in (fetch, sets, compile, row, together, search, train, seconds, speed, looks, table, page, show, check, clean, rerun)}
 
 
 def main(words=None):

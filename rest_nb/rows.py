@@ -145,7 +145,7 @@ def row_path(root, budget, setting, method, kind="rows"):
 
 def lasting(stored, made):
     "The runs of a stored row that stay, {seed: run}: all where it `computes_as` `made`, whatever the number of seeds; else none."
-    if not stored: return {}
+    if "config" not in stored: return {}
     seeds = stored["config"]["seeds"]
     return dict(zip(seeds, stored["runs"])) if computes_as(stored, dict(made, config=dict(made["config"], seeds=seeds))) else {}
 

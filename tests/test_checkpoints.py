@@ -64,9 +64,9 @@ def result(root): return (root / "runs" / "tiny" / "rows" / "blobs-it.json").rea
 
 
 def context():
-    "Processes that start with all imports done, and with no thread."
+    "Processes that start with all imports done and kernels loaded, and with no thread."
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["test_checkpoints", "test_parallel", "rest_nb.pruning", "rest_nb.debiasing", "rest_nb.disentangling"])
+    forks.set_forkserver_preload(["warm", "test_checkpoints", "test_parallel", "rest_nb.pruning", "rest_nb.debiasing", "rest_nb.disentangling"])
     with pytest.MonkeyPatch.context() as patch:  # that which starts them must find these tests
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
         first = forks.Process(target=int)

@@ -395,12 +395,13 @@ FOUR = ["ERM", "ReW", "RigL", "REST"]
 
 def small(method, **changes):
     "A method of the study on a network of width 4, for a few steps."
-    tiny = configure(STORED, "search", next(iter(STORED["settings"])), method)
+    search = {name: value for name, value in STORED["budgets"]["search"].items() if name != "methods"}
+    tiny = configure(STORED | dict(budgets=dict(search=search)), "search", next(iter(STORED["settings"])), method)
     tiny = dataclasses.replace(tiny, conflict_ratio=.1, width=4, density=.3, batch_size=16)
     return dataclasses.replace(tiny, steps=8, eval_every=4, delta_t=2, **changes)
 
 
-@pytest.mark.parametrize("method", list(STORED["methods"]))
+@pytest.mark.parametrize("method", [*STORED["budgets"]["rivals"]["methods"], "REST-every10", "REST-toend", "ReW-w5", "REST-loss", "REST-stale", "REST-moved"])
 def test_every_method_of_the_study_runs_and_keeps_to_its_density(method):
     "All on one harness: what is dense stays so, what is sparse ends at the density asked for, what costs extra says so."
     few = {"REST-doubts": "steps=3, below=0.1", "REST-votes": "steps=3, at_least=3"}.get(method, "steps=3")  # after which some are right
@@ -936,6 +937,18 @@ def test_more_seeds_are_trained_to_those_that_are_stored(root, tmp_path, monkeyp
     trained = spy_on_seeds(monkeypatch)
     row(root)
     assert trained == [3, 1]  # rehearsed by its first seed, which is another
+
+
+def test_an_upweight_may_be_the_methods_own():
+    drawn = [Run(dataclasses.replace(small("ReW"), upweight=upweight, reweighting=part), 1, split_of(small("ReW"))("train")).prepare()["batches"]
+             for upweight, part in ((7., "reweighting.sample"), (80., "reweighting.sample(upweight=7)"), (80., "reweighting.sample"))]
+    own, said, usual = (torch.cat(list(batches)) for batches in drawn)
+    assert own.equal(said) and not own.equal(usual)
+    config = dataclasses.replace(small("ReW"), reweighting="reweighting.weigh(upweight=3)")
+    train, logits, index = split_of(config)("train"), torch.randn(8, 10), torch.arange(8)
+    weights = 1 + 2. * train.is_conflicting
+    wanted = (weights[index] / weights.mean() * torch.nn.functional.cross_entropy(logits, train.y[index], reduction="none")).mean()
+    assert Run(config, 1, train).prepare()["loss"](logits, train.y[index], index).item() == pytest.approx(wanted.item())
 
 
 def rehearsed(method="REST", **changes):

@@ -9,7 +9,8 @@ import nbformat
 import pytest
 import yaml
 
-from rest_nb.configs import named, read_params
+from rest_nb.configs import configure, named, read_params
+from rest_nb.masks import keep_counts, maskable
 from rest_nb.rows import code_of
 
 ROOT = Path(__file__).parents[1]
@@ -61,28 +62,69 @@ def rows_stage(budget):
     return yaml.safe_load(own.read_text())["stages"]["rows"] if own.is_file() else stages()[f"{budget}-rows"]
 
 
-@pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces"])
+SWEEPS = ["densities", "upweights", "widths", "dynamics", "audit"]
+
+
+def rooms_of(budget):
+    "The modules that a budget's rows depend on: those that its methods name, and all that these import."
+    params = read_params(ROOT / "params.yaml")
+    methods = [params["methods"][name] for name in named(params, budget, "methods")]
+    return code_of(*(text for method in methods for text in method.values() if type(text) is str and "." in text))
+
+
+@pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces", *SWEEPS])
 def test_rows_depend_on_the_modules_they_use_and_no_others(budget):
-    code = {f"rest_nb/{module}.py" for module in (*code_of(), "notebooks")}
+    code = {f"rest_nb/{module}.py" for module in (*rooms_of(budget), "notebooks")}
     assert set(rows_stage(budget)["deps"]) == code | {"nbs/11_row.ipynb", "sets/${item.setting}.npz"}
 
 
 def test_the_search_and_the_ranking_depend_on_all_that_methods_name():
     stages = yaml.safe_load((ROOT / "runs" / "rivals" / "dvc.yaml").read_text())["stages"]
-    params = read_params(ROOT / "params.yaml")
-    said = [text for method in params["methods"].values() for text in method.values() if type(text) is str and "." in text]
-    rooms = {f"rest_nb/{module}.py" for module in code_of(*said)}
+    rooms = {f"rest_nb/{module}.py" for module in rooms_of("rivals")}
     searched, made = ({dep for dep in stages[name]["deps"] if dep.startswith("rest_nb/")} for name in ("search", "rows"))
     assert searched == rooms | {"rest_nb/search.py"} and made == rooms | {"rest_nb/notebooks.py"}
     assert "runs/search/${item.setting}-${item.method}.json" in stages["rows"]["deps"]
     assert stages["search"]["matrix"] == stages["rows"]["matrix"] and "grids.${item.method}" in stages["search"]["params"]
 
 
-@pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces", "rivals"])
+@pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces", "rivals", *SWEEPS])
 def test_stages_are_the_rows_of_params(budget):
-    params, stage = read_params(ROOT / "params.yaml"), rows_stage(budget)
-    assert stage["matrix"] == dict(setting=named(params, budget, "settings"), method=named(params, budget, "methods"))
+    stage = rows_stage(budget)
+    assert stage["matrix"] == {kind: f"${{budgets.{budget}.{kind}s}}" for kind in ("setting", "method")}
     assert f"row {budget} " in stage["cmd"] and f"budgets.{budget}" in stage["params"]
+    assert [out for out in stage["outs"] if f"runs/{budget}/rows/${{item.setting}}-${{item.method}}.json" in out]
+
+
+def test_looks_depend_on_what_they_use_and_no_others():
+    code = {f"rest_nb/{module}.py" for module in (*code_of("looks.answers"), "notebooks")}
+    assert set(stages()["looks"]["deps"]) == code | {"nbs/15_looks.ipynb", "sets/cmnist-0005.npz"}
+    used = imported_by_notebook(ROOT / "nbs" / "15_looks.ipynb")
+    assert used <= {dep.removeprefix("rest_nb/").removesuffix(".py") for dep in stages()["looks"]["deps"]}
+
+
+def imported_by_notebook(path):
+    source = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+    return {name for line in re.findall(r"^from rest_nb import (.+)$", source, re.M) for name in line.split(", ")} \
+        | set(re.findall(r"^from rest_nb\.(\w+) import", source, re.M))
+
+
+def test_every_sweep_has_its_accuracies(): assert stages()["sweeps"]["matrix"]["budget"] == SWEEPS
+
+
+def test_every_set_of_colored_mnist_is_built():
+    params = read_params(ROOT / "params.yaml")
+    wanted = [name for name, setting in params["settings"].items() if setting["dataset"] == "cmnist"]
+    assert stages()["sets"]["matrix"]["setting"] == wanted
+
+
+def test_as_many_weights_at_another_width():
+    params = read_params(ROOT / "params.yaml")
+    kept = {name: sum(keep_counts(maskable(config.untrained()), config.density).values())
+            for name in ("REST-width16-kept", "REST-width32-kept", "REST-width128-kept")
+            for config in [configure(params, "widths", "cmnist-0005", name)]}
+    usual = configure(params, "cpu", "cmnist-0005", "REST")
+    assert all(abs(n / (.02 * 660_992) - 1) < .001 for n in kept.values()), kept
+    assert (usual.width, usual.density) == (64, .02)
 
 
 def test_no_face_is_in_git():
@@ -95,7 +137,7 @@ def test_no_face_is_in_git():
 def test_quick_is_cached_and_cpu_is_in_git():
     notebook, result = stages()["quick-rows"]["outs"]
     assert isinstance(notebook, str) and list(result.values()) == [{"persist": True}]  # it may stay (rows.run_row)
-    for budget in ("cpu", "objects", "faces"):
+    for budget in ("cpu", "objects", "faces", *SWEEPS):
         notebook, result = (how for out in rows_stage(budget)["outs"] for how in out.values())
         assert notebook == {"cache": False} and result == {"cache": False, "persist": True}
     kept = subprocess.run(["git", "check-ignore", "runs/quick/x", "runs/cpu/x"], cwd=ROOT, capture_output=True, text=True).stdout

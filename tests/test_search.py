@@ -10,7 +10,7 @@ import yaml
 from test_experiments import STUDY, make_root, split_of
 
 from rest_nb import search
-from rest_nb.configs import configure, read_params
+from rest_nb.configs import configure, named, read_params
 from rest_nb.data import load
 from rest_nb.experiments import run_seed
 from rest_nb.reweighting import cross_entropy
@@ -170,8 +170,8 @@ def test_what_was_found_stays_and_only_what_is_new_is_tried(root, monkeypatch):
 
 def test_the_study_tries_four_of_each_method():
     params = read_params(ROOT / "params.yaml")
-    assert set(params["grids"]) == set(params["methods"])
-    for method in params["methods"]:
+    assert list(params["grids"]) == named(params, "rivals", "methods") == named(params, "search", "methods")
+    for method in params["grids"]:
         tried = candidates(params, method)
         assert len(tried) == 4
         base = configure(params, "search", "cmnist-0005", method)  # 0.01 is the settings' rate
