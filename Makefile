@@ -44,12 +44,14 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Bring the stored long studies, their pages and the README's table up to date (about an hour; JOBS=4: four rows at once)
-	$(if $(JOBS),dvc repro sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu objects $(if $(REST_NB_FACES),faces))
-	dvc repro cpu objects
+study: install ## Bring the stored long studies, their pages and the README's table up to date (about two hours; JOBS=4: four rows at once)
+	$(if $(JOBS),dvc repro sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu audit audit-005 objects $(if $(REST_NB_FACES),faces))
+	dvc repro cpu objects looks sweeps@audit sweeps@audit-005
 	$(if $(REST_NB_FACES),dvc repro runs/faces/dvc.yaml:faces)
 	$(RUN) page cpu
 	$(RUN) page objects
+	$(RUN) rerun nbs/29_looks.ipynb
+	$(RUN) page audit
 
 rivals: install ## Search settings for every method of params.yaml and train all (about four hours; no page shows it yet)
 	$(if $(JOBS),dvc repro sets && $(RUN) train $(JOBS) rivals)

@@ -62,7 +62,7 @@ def rows_stage(budget):
     return yaml.safe_load(own.read_text())["stages"]["rows"] if own.is_file() else stages()[f"{budget}-rows"]
 
 
-SWEEPS = ["densities", "upweights", "widths", "dynamics", "audit", "audit-objects"]
+SWEEPS = ["densities", "upweights", "widths", "dynamics", "audit", "audit-005", "audit-objects"]
 
 
 def rooms_of(budget):
