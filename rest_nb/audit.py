@@ -14,7 +14,7 @@ from .masks import Masked, RigL, drop_and_grow, maskable
 # %% ../nbs/09_audit.ipynb #13e8a740
 def bernoulli(run):
     "First masks for a run whose weights are each kept with the probability that is their layer's density."
-    weights, generator = maskable(run.model), torch.Generator().manual_seed(run.seed)
+    weights, generator = maskable(run.model), torch.Generator().manual_seed(~run.seed)  # the seed itself has drawn the weights
     shapes = [tuple(w.shape) for w in weights.values()]
     densities = getattr(masks, run.config.distribution)(shapes, run.config.density)
     return {name: torch.rand(shape, generator=generator) < density for name, shape, density in zip(weights, shapes, densities)}

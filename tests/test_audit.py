@@ -30,6 +30,21 @@ def test_tosses_keep_each_weight_with_its_layers_probability(distribution):
         assert (kept.std() < 1e-9) if share == 1 else .8 < kept.std() / spread < 1.25
 
 
+@pytest.mark.parametrize("masks_of", [lambda model, seed: audit.bernoulli(run(model, seed)),
+                                      lambda model, seed: masks.first_masks(maskable(model), .1, seed=seed)])
+def test_tosses_know_nothing_of_the_weights(masks_of):
+    "Both are drawn by the run's seed; were they the same draws, the smallest weights would be kept."
+    places = []  # of the kept weights, among all of their layer: 0 for the smallest, 1 for the largest
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = cnn(width=8)
+        for name, mask in masks_of(model, seed).items():
+            weight = maskable(model)[name].detach()
+            if not mask.all(): places.append(weight.flatten().argsort().argsort()[mask.flatten()].double() / (weight.numel() - 1))
+    places = torch.cat(places)
+    assert abs(places.mean() - .5) < 4 * math.sqrt(1 / 12 / len(places))
+
+
 def test_tosses_are_the_seeds():
     model = cnn(width=4)
     first, again, other = (audit.bernoulli(run(model, seed))["3.weight"] for seed in (1, 1, 2))
