@@ -111,10 +111,12 @@ def imported_by_notebook(path):
 def test_every_sweep_has_its_accuracies(): assert stages()["sweeps"]["matrix"]["budget"] == SWEEPS
 
 
-def test_every_set_of_colored_mnist_is_built():
+def test_every_set_of_colored_mnist_is_built_and_every_setting_is_some_budgets():
     params = read_params(ROOT / "params.yaml")
-    wanted = [name for name, setting in params["settings"].items() if setting["dataset"] == "cmnist"]
-    assert stages()["sets"]["matrix"]["setting"] == wanted
+    built = stages()["sets"]["matrix"]["setting"]
+    assert built == "${budgets.cpu.settings}"
+    assert set(named(params, "cpu", "settings")) == {name for name, setting in params["settings"].items() if setting["dataset"] == "cmnist"}
+    assert set(params["settings"]) == {name for budget in params["budgets"] for name in named(params, budget, "settings")}  # else no set can be built
 
 
 def test_as_many_weights_at_another_width():
