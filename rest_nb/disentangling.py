@@ -84,6 +84,6 @@ class DisEnt(Difficulty):
 # %% ../nbs/07_disentangling.ipynb #d15e0023
 def disent(run, dis=1., swap=1., swap_b=1., start=1 / 3, q=0.7, decay=0.7):
     "DisEnt, swapping after the share `start` of the steps; the run's model becomes a `Disentangled` one."
-    run.model = Disentangled(run.model, run.config.untrained()).to(memory_format=torch.channels_last)
+    run.model = Disentangled(run.model, run.config.untrained()).to(run.config.device, memory_format=torch.channels_last)
     return dict(loss=DisEnt(run.train.y, run.model, start * run.config.steps, torch.Generator().manual_seed(run.seed),
                             dis=dis, swap=swap, swap_b=swap_b, q=q, decay=decay))

@@ -31,11 +31,13 @@ class Run:
     `notes`: what parts want told with the result, plain numbers by name. `checkpoint`: where parts that train put themselves aside.
     """
     def __init__(self, config, seed, train, checkpoint=None):
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("device is cuda, but torch finds no GPU (a build for the CPU alone finds none): set device to cpu")
         torch.manual_seed(seed)
         self.config, self.seed, self.train, self.checkpoint = config, seed, train, checkpoint
         self.hooks, self.notes = [], {}
         self.generator = torch.Generator().manual_seed(seed)
-        self.model = config.untrained().to(memory_format=torch.channels_last)
+        self.model = config.untrained().to(config.device, memory_format=torch.channels_last)
         self.trained = self.asked = 0
 
     def call(self, role, *args):
@@ -58,13 +60,13 @@ class Run:
                                weight_decay=self.config.weight_decay)
 
     def inputs(self, x, index=None, layout="channels_last", generator=None):
-        "Images as a network's input (see `batches.assemble`)."
-        return assemble(x, index, self.config.images.transform, generator=generator, layout=layout)
+        "Images as a network's input (see `batches.assemble`), on its device."
+        return assemble(x, index, self.config.images.transform, generator=generator, layout=layout).to(self.config.device)
 
     @property
     def layout(self):
         "The order of memory that the run's own network wants its input in."
-        return "batch_last" if self.config.is_compact else "channels_last"
+        return "batch_last" if self.config.is_compact and self.config.device == "cpu" else "channels_last"
 
     @property
     def autocast(self):

@@ -183,7 +183,7 @@ class DropAtRandom:
 def drawn(run, batches, passes):
     "So many `batches` of the run, [(x, y)], counted `passes` times; `ValueError` for less than one."
     if not batches >= 1: raise ValueError(f"batches is {batches}; expected 1 or more")
-    data = [(run.images(index), run.train.y[index]) for index in run.batches(batches)]
+    data = [(run.images(index), run.train.y[index].to(run.config.device)) for index in run.batches(batches)]
     run.trained += passes * sum(len(y) for _, y in data)
     return data
 

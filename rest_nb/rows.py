@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from .checkpoints import Checkpoint
-from .configs import ROLES, configure, named, read_params
+from .configs import ROLES, Config, configure, named, read_params
 from .cost import peak_memory
 from .data import load
 from .experiments import cost, run_seed
@@ -104,8 +104,11 @@ def rehearse(play, config, split):
 
 
 def computes_as(stored, made):
-    "Is what is `stored` (a stamp and a rehearsal, and more) by the same configuration, versions, data and rehearsal as `made`?"
-    return made["rehearsal"] is not None and all(stored.get(name) == value for name, value in made.items() if name != "code")
+    """Is what is `stored` (a stamp and a rehearsal, and more) by the same configuration, versions, data and rehearsal as `made`?
+    (A field that it does not tell of came to `Config` later; by its default all is as it was.)
+    """
+    told = dict(stored, config=json.loads(json.dumps(dataclasses.asdict(Config()))) | stored.get("config", {}))
+    return made["rehearsal"] is not None and all(told.get(name) == value for name, value in made.items() if name != "code")
 
 # %% ../nbs/09_rows.ipynb #33c46eb4
 THREADS = 2  # of each row, on whatever machine: another number rounds a last digit otherwise
@@ -192,7 +195,8 @@ def run_row(root, budget, setting, method, is_alone=True):
     result = dict(budget=budget, setting=setting, method=method, **made, trained_by=" ".join(trained_by),
                   cost=cost(config, [run["spent"] for run in runs]), runs=runs)
     write_json(path, result)
-    timings = dict(machine=machine(), is_alone=is_alone, peak_memory=peak_memory()) if missing else read_json(timed, {})
+    on = dict(machine(), gpu=torch.cuda.get_device_name()) if config.device == "cuda" else machine()
+    timings = dict(machine=on, is_alone=is_alone, peak_memory=peak_memory()) if missing else read_json(timed, {})
     if seconds: write_json(timed, dict(timings, training=[seconds[seed] for seed in config.seeds if seed in seconds]))
     for seed in missing if is_first() else ():
         (Path(root) / ".parts" / f"{budget}-{setting}-{method}-{seed}.json").unlink(missing_ok=True)

@@ -32,7 +32,7 @@ from rest_nb.experiments import Run, cost, run_seed
 from rest_nb.masks import maskable
 from rest_nb.models import cnn
 from rest_nb.reweighting import UPWEIGHT
-from rest_nb.rows import code_hash, code_of, computes_as, pending, rehearse, row_path, run_row, write_json
+from rest_nb.rows import code_hash, code_of, computes_as, pending, rehearse, row_path, run_row, stamp, write_json
 from rest_nb.timing import time_methods
 from rest_nb.training import fit
 
@@ -69,7 +69,7 @@ def outcome(config):
 ANOTHER = dict(dataset="cifar10c", network="resnet18", conflict_ratio=.3, severity=1, data_seed=1, upweight=30, sparsity="masks.SET", reweighting="reweighting.weigh",
                density=.2, storage="compact", distribution="uniform", delta_t=3, t_end=1.0, drop_fraction=.3, width=5, lr=.02,
                momentum=.5, weight_decay=.1, batch_size=20, precision="bf16", steps=12, eval_every=2,
-               seeds=(2,), initial="stand_in.last", guess="stand_in.first", afterwards="stand_in.swapped", dropout=.5, oracle=True)
+               seeds=(2,), initial="stand_in.last", guess="stand_in.first", afterwards="stand_in.swapped", dropout=.5, oracle=True, device="cuda")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -112,6 +112,7 @@ def test_a_run_is_the_same_again(base_outcome):
 def test_every_field_is_live(field, base_outcome):
     # A field without another value in the table fails here: no knob goes untested.
     assert ANOTHER[field] != getattr(BASE, field)
+    if field == "device" and not torch.cuda.is_available(): return  # refused, see below
     assert outcome(dataclasses.replace(BASE, **{field: ANOTHER[field]})) != base_outcome
 
 
@@ -138,7 +139,7 @@ WRONG = [(field, value) for field, values in dict(
     severity=[0, 6, 4.0, True], sparsity=["magic", "", None, 3, "rigl", "masks.Rigl", "masks.erk", "masks.RigL(2)", "masks.SET + masks.magic"], storage=["sparse", None], distribution=["magic", ["erk"]],
     reweighting=["magic", None, "reweighting.magic", "magic.sample"], precision=["fp16", 16],
     initial=["magic", "stand_in.number", "stand_in.last", 3], guess=["none", "stand_in.first(magic=3)", None],
-    afterwards=["labels", "stand_in.swapped()()", True], dropout=[-.1, 1.0, 1.5, nan, "0.5"], oracle=[0, 1, "yes", None],
+    device=["gpu", "cuda:0", None, 0], afterwards=["labels", "stand_in.swapped()()", True], dropout=[-.1, 1.0, 1.5, nan, "0.5"], oracle=[0, 1, "yes", None],
     upweight=[0, -1, nan, inf, "80"], lr=[0, -.1, nan, inf, "0.1", None, True, [.1]],
     momentum=[-.1, nan, inf, "0.9"], weight_decay=[-.1, nan, inf, "0"], delta_t=[0, -1, 1.5],
     width=[0, -4, 4.0, True], batch_size=[0, -1, 16.0], steps=[0, -10, 10.0, "10", True, 7],
@@ -232,7 +233,6 @@ def test_unknown_names(names, said):
     (edited("common", step=1), ["common", "'step'", "did you mean 'steps'?"]),
     (edited("methods", "REST", upweight=1), ["'upweight'", "settings.blobs", "methods.REST"]),
     (edited("budgets", "tiny", lr=.1), ["'lr'", "common", "budgets.tiny"]),
-    (edited("budgets", "tiny", upweight=3), ["'upweight'", "settings.blobs", "budgets.tiny"]),
     (edited("common", lr=0), ["common: lr is 0"]),
     (edited("common", density=1e-6), ["common: density is 1e-06"]),
     (edited("settings", "blobs", upweight="10"), ["settings.blobs: upweight is '10'"]),
@@ -293,6 +293,27 @@ def test_a_method_may_say_otherwise_what_is_common():
     study = edited("methods", "REST", width=5, weight_decay=.1)
     found = {method: configure(study, "tiny", "blobs", method) for method in ("ERM", "REST")}
     assert [(c.width, c.weight_decay) for c in found.values()] == [(4, 0.0), (5, .1)]
+
+
+def test_a_budget_may_say_otherwise_what_a_setting_says_and_nothing_else():
+    assert configure(edited("budgets", "tiny", upweight=5), "tiny", "blobs", "REST").upweight == 5
+    assert "'severity' stands both in settings.blobs and in budgets.tiny" in refusal(edited("budgets", "tiny", severity=5))
+    assert "'width' stands both in common and in budgets.tiny" in refusal(edited("budgets", "tiny", width=9))
+    assert "'sparsity' stands both in methods.REST and in budgets.tiny" in refusal(edited("budgets", "tiny", sparsity="dense"), method="REST")
+
+
+def test_the_papers_budget_is_the_papers():
+    found = [config for budget in ("paper", "paper-objects", "paper-faces") for config in rows(read_params(ROOT / "params.yaml"), budget).values()]
+    assert {(c.device, c.batch_size, len(c.seeds)) for c in found} == {("cuda", 256, 5)}
+    assert {(c.dataset, c.conflict_ratio, c.lr, c.steps // c.eval_every) for c in found} == {
+        *(("cmnist", ratio, .01, 100) for ratio in (.005, .01, .02, .05)),
+        *(("cifar10c", ratio, .001, 100) for ratio in (.005, .01, .02, .05)), ("utkface", .005, .001, 100)}
+
+
+def test_names_that_could_have_been_meant_are_few_and_near():
+    assert configs.some(["ERM", "ReW"]) == "ERM, ReW"
+    names = [f"M{number}" for number in range(20)] + ["REST-w80"]
+    assert configs.some(names, "REST-w8").startswith("REST-w80, M0, ") and configs.some(names).endswith("M11, …")
 
 
 def test_a_budget_may_be_for_some_methods_only():
@@ -1000,11 +1021,33 @@ def test_a_rehearsal_is_short_and_leaves_the_test_split_alone():
     assert seen[0] == dataclasses.replace(config, steps=20, eval_every=10, delta_t=4, oracle=True)
 
 
+def test_what_was_stored_before_a_field_came_had_its_default():
+    made = dict(stamp(BASE, "no such file"), rehearsal="b")
+    old = dict(made, config={name: value for name, value in made["config"].items() if name != "device"})
+    assert computes_as(old, made) and not computes_as(old, dict(made, config=dict(made["config"], device="cuda")))
+
+
+def test_a_run_without_its_gpu_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = dataclasses.replace(BASE, device="cuda")
+    with pytest.raises(RuntimeError, match="^device is cuda, but torch finds no GPU .*: set device to cpu$"): Run(config, 1, split_of(config)("train"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("parts", [{}, dict(sparsity="masks.RigL", reweighting="reweighting.sample"), dict(reweighting="rules.lff"),
+                                   dict(sparsity="masks.StaticSparse", initial="debiasing.dcwp(steps=2)", reweighting="reweighting.weigh"),
+                                   dict(sparsity="masks.SET", initial="pruning.snip", guess="guesses.by_chance"),
+                                   dict(reweighting="disentangling.disent"), dict(afterwards="guesses.dfr")])
+def test_a_run_on_a_gpu_has_the_same_counts(parts):
+    here, there = (run_seed(dataclasses.replace(BASE, device=device, **parts), 1, split_of(BASE))[0] for device in configs.DEVICES)
+    assert here["spent"] == there["spent"] and here["history"][0]["loss"] == pytest.approx(there["history"][0]["loss"], rel=.05)
+
+
 def test_what_cannot_be_rehearsed_is_nobodys():
     def play(short, split): raise ValueError("too short")
     assert rehearse(play, BASE, split_of(BASE)) is None
-    made = dict(config=1, code="a", rehearsal="b")
-    assert computes_as(dict(made, code="c", runs=[]), made) and not computes_as(dict(made, config=2), made)
+    made = dict(stamp(BASE, "no such file"), rehearsal="b")
+    assert computes_as(dict(made, code="c", runs=[]), made) and not computes_as(dict(made, config=dict(made["config"], lr=9)), made)
     assert not computes_as(dict(made, rehearsal=None), dict(made, rehearsal=None)) and not computes_as({}, made)
 
 

@@ -57,11 +57,13 @@ def stages(): return yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
 def rows_stage(budget):
-    "Faces and rivals have pipelines of their own."
+    "Faces, rivals and the paper's own length have pipelines of their own."
+    if budget.startswith("paper"): return yaml.safe_load((ROOT / "runs" / "paper" / "dvc.yaml").read_text())["stages"][f"{budget}-rows"]
     own = ROOT / "runs" / budget / "dvc.yaml"
     return yaml.safe_load(own.read_text())["stages"]["rows"] if own.is_file() else stages()[f"{budget}-rows"]
 
 
+PAPER = ["paper", "paper-objects", "paper-faces"]
 SWEEPS = ["densities", "upweights", "widths", "dynamics", "audit", "audit-005", "audit-objects"]
 
 
@@ -72,7 +74,7 @@ def rooms_of(budget):
     return code_of(*(text for method in methods for text in method.values() if type(text) is str and "." in text))
 
 
-@pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces", *SWEEPS])
+@pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces", *SWEEPS, *PAPER])
 def test_rows_depend_on_the_modules_they_use_and_no_others(budget):
     code = {f"rest_nb/{module}.py" for module in (*rooms_of(budget), "notebooks")}
     assert set(rows_stage(budget)["deps"]) == code | {"nbs/11_row.ipynb", "sets/${item.setting}.npz"}
@@ -87,7 +89,7 @@ def test_the_search_and_the_ranking_depend_on_all_that_methods_name():
     assert stages["search"]["matrix"] == stages["rows"]["matrix"] and "grids.${item.method}" in stages["search"]["params"]
 
 
-@pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces", "rivals", *SWEEPS])
+@pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces", "rivals", *SWEEPS, *PAPER])
 def test_stages_are_the_rows_of_params(budget):
     stage = rows_stage(budget)
     assert stage["matrix"] == {kind: f"${{budgets.{budget}.{kind}s}}" for kind in ("setting", "method")}
@@ -111,11 +113,11 @@ def imported_by_notebook(path):
 def test_every_sweep_has_its_accuracies(): assert stages()["sweeps"]["matrix"]["budget"] == SWEEPS
 
 
-def test_every_set_of_colored_mnist_is_built_and_every_setting_is_some_budgets():
+def test_every_set_is_built_and_every_setting_is_some_budgets():
     params = read_params(ROOT / "params.yaml")
-    built = stages()["sets"]["matrix"]["setting"]
-    assert built == "${budgets.cpu.settings}"
-    assert set(named(params, "cpu", "settings")) == {name for name, setting in params["settings"].items() if setting["dataset"] == "cmnist"}
+    for stage, budget, dataset in (("sets", "paper", "cmnist"), ("sets-objects", "paper-objects", "cifar10c")):
+        assert stages()[stage]["matrix"]["setting"] == f"${{budgets.{budget}.settings}}"
+        assert set(named(params, budget, "settings")) == {name for name, setting in params["settings"].items() if setting["dataset"] == dataset}
     assert set(params["settings"]) == {name for budget in params["budgets"] for name in named(params, budget, "settings")}  # else no set can be built
 
 
