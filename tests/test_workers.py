@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -47,6 +48,14 @@ def test_others_go_on_where_one_fails_and_all_are_told(two):
     assert [*failed] == [("bad",)] and "bad is no word" in str(failed["bad",])
     assert len(told) == 3 and sum("FAILED" in line for line in told) == 1 and told[-1].startswith("3 of 3: ")
     assert all("min for all that is left" in line for line in told) and "about 0 min" in told[-1]
+
+
+def test_workers_leave_it_to_others_to_tell_of_failures(two):
+    def is_told():
+        before = logging.getLogger("distributed.worker").isEnabledFor(logging.WARNING)
+        workers.begin()
+        return before, logging.getLogger("distributed.worker").isEnabledFor(logging.ERROR)
+    assert two.submit(is_told).result() == (True, False)
 
 
 def test_nothing_to_do_is_done(two): assert do_all(two, wait_or_fail, []) == {}
