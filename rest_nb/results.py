@@ -110,8 +110,8 @@ def paired_difference(tested, setting, method, rival, group="conflicting"):
     return dict(over_seeds(found), p=p_value(found))
 
 
-def differences(rows, pairs):
-    """Paired differences in conflicting test accuracy, in points with 95 % t-intervals.
+def differences(rows, pairs, group="conflicting"):
+    """Paired differences in test accuracy on a `group`, in points with 95 % t-intervals.
 
     A line for each setting and pair. `pairs`: (method, rival) tuples.
     Columns for the `selected` and for the `last` states, and the p-value of the former, by Holm for the whole table.
@@ -121,7 +121,7 @@ def differences(rows, pairs):
         for method, rival in pairs:
             line = dict(setting=setting, difference=f"{method} - {rival}")
             for state in ("selected", "last"):
-                d = paired_difference(accuracies(rows, state), setting, method, rival)
+                d = paired_difference(accuracies(rows, state), setting, method, rival, group)
                 line |= {state: f"{100 * d['mean']:+.1f} ± {100 * d['ci95']:.1f}", "n": d["n"]}
                 if state == "selected": p.append(d["p"])
             lines.append(line)
