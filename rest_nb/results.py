@@ -27,8 +27,9 @@ def load_rows(root, budget):
     params, rows = read_params(Path(root) / "params.yaml"), {}
     if budget not in params["budgets"]:
         raise ValueError(f"params.yaml has no {budget!r} in budgets; expected one of {', '.join(params['budgets'])}")
-    has_own = (Path(root) / "runs" / budget / "dvc.yaml").is_file()  # a pipeline
-    stage = f"runs/{budget}/dvc.yaml:{budget}" if has_own else budget
+    family = budget.split("-")[0]
+    own = f"runs/{family}/dvc.yaml"  # a pipeline
+    stage = f"{budget}-rows" if not (Path(root) / own).is_file() else f"{own}:{budget}" if family == budget else f"{own}:{budget}-rows"
     for setting in named(params, budget, "settings"):
         for method in named(params, budget, "methods"):
             path = Path(root) / "runs" / budget / "rows" / f"{setting}-{method}.json"
