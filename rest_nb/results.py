@@ -19,8 +19,8 @@ from .metrics import holm, over_seeds, p_value
 from .rows import read_json
 
 # %% ../nbs/0c_results.ipynb #3b893375
-def load_rows(root, budget):
-    """The stored results of a budget, {(setting, method): dict}.
+def load_rows(root, budget, settings=None):
+    """The stored results of a budget, {(setting, method): dict}; of some of its `settings`, or of all.
 
     Raises `ValueError` for a budget that is none, `FileNotFoundError`, naming the first row that is missing.
     """
@@ -30,7 +30,7 @@ def load_rows(root, budget):
     family = budget.split("-")[0]
     own = f"runs/{family}/dvc.yaml"  # a pipeline
     stage = f"{budget}-rows" if not (Path(root) / own).is_file() else f"{own}:{budget}" if family == budget else f"{own}:{budget}-rows"
-    for setting in named(params, budget, "settings"):
+    for setting in settings or named(params, budget, "settings"):
         for method in named(params, budget, "methods"):
             path = Path(root) / "runs" / budget / "rows" / f"{setting}-{method}.json"
             rows[setting, method] = read_json(path)

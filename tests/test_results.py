@@ -48,11 +48,14 @@ def test_differences_are_seed_by_seed_and_of_the_group_asked_for():
 
 
 def test_a_missing_row_says_which_pipeline_makes_it(tmp_path):
-    text = "{common: {}, settings: {red: {}}, methods: {A: {}}, budgets: {short: {}, own: {}, own-more: {}}}"
+    text = "{common: {}, settings: {red: {}, blue: {}}, methods: {A: {}}, budgets: {short: {}, own: {}, own-more: {}}}"
     (tmp_path / "params.yaml").write_text(text)
     (tmp_path / "runs" / "own").mkdir(parents=True)
     (tmp_path / "runs" / "own" / "dvc.yaml").touch()
     with pytest.raises(FileNotFoundError, match="runs/short/rows/red-A.json is missing: `dvc repro short-rows` makes it"): load_rows(tmp_path, "short")
+    (tmp_path / "runs" / "short" / "rows").mkdir(parents=True)
+    (tmp_path / "runs" / "short" / "rows" / "blue-A.json").write_text("{}")
+    assert load_rows(tmp_path, "short", ["blue"]) == {("blue", "A"): {}}
     with pytest.raises(FileNotFoundError, match="red-A.json is missing: `dvc repro runs/own/dvc.yaml:own` makes it"): load_rows(tmp_path, "own")
     with pytest.raises(FileNotFoundError, match="`dvc repro runs/own/dvc.yaml:own-more-rows` makes it"): load_rows(tmp_path, "own-more")
     with pytest.raises(ValueError, match="no 'long' in budgets; expected one of short, own, own-more"): load_rows(tmp_path, "long")
