@@ -196,7 +196,7 @@ def counts(root, rows):
 
 # %% ../nbs/0c_results.ipynb #d4836db1
 MARKS = ("<!-- table: written by `make study` from runs -->", "<!-- /table -->")
-SETS = {"cmnist": "Colored MNIST", "cifar10c": "Corrupted CIFAR-10", "utkface-64": "UTKFace, 64²"}
+SETS = {"cmnist": "Colored MNIST", "cifar10c": "Corrupted CIFAR-10", "utkface-64": "UTKFace, 64²", "utkface": "UTKFace"}
 BUDGETS = ("cpu", "objects", "faces")  # whose results the README shows
 
 

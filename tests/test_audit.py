@@ -74,6 +74,12 @@ def test_stale_momentum_is_that_of_a_weight_that_was_always_there():
     assert int(before.sum()) == int(after.sum()) == 6
 
 
+def test_dense_gradients_are_counted_at_every_step():
+    config = Config(sparsity="audit.StaleMomentum", storage="masked", width=4, density=.3, batch_size=8, steps=6, eval_every=3)
+    data = BiasedDataset(torch.randint(0, 256, (40, 3, 28, 28)).byte(), torch.arange(40) % 10, torch.arange(40) // 4)
+    assert run_seed(config, 1, lambda name: data)[0]["spent"]["dense_gradients"] == 6
+
+
 def test_without_momentum_nothing_is_stale():
     "But a grown weight takes its first step at once: its gradient is not set to zero."
     weight, before, after, _ = trained(audit.StaleMomentum, 0., 2)

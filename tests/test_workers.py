@@ -96,6 +96,11 @@ def run_and_tell(root, *row):
     workers.row(root, *row)
 
 
+def test_a_budget_that_is_none_is_refused_before_a_worker_starts(tmp_path):
+    root = make_root(tmp_path / "project", study("REST"))
+    with pytest.raises(ValueError, match="no 'tinny' in budgets; expected one of tiny"): train(root, 2, ["tiny", "tinny"])
+
+
 def test_a_study_is_what_is_pending_and_searches_come_first(tmp_path, monkeypatch):
     tiny = study("REST")
     tiny["grids"] = dict(ERM=dict(lr=[.01, .05]), it=dict(lr=[.01, .05]))
