@@ -8,6 +8,9 @@ from torch import nn
 
 from rest_nb import audit, masks
 from rest_nb.batches import CIFAR, Transform, assemble
+from rest_nb.configs import Config
+from rest_nb.data import BiasedDataset
+from rest_nb.experiments import run_seed
 from rest_nb.masks import RigL, maskable
 from rest_nb.models import cnn
 from rest_nb.sparse import sparsify
