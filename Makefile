@@ -50,7 +50,7 @@ study: install ## Bring the stored long studies, their pages and the README's ta
 	$(if $(REST_NB_FACES),dvc repro runs/faces/dvc.yaml:faces)
 	$(RUN) page cpu
 	$(RUN) page objects
-	$(RUN) rerun nbs/29_looks.ipynb
+	$(RUN) rerun nbs/29_looks.ipynb nbs/2b_claims.ipynb
 	$(RUN) page audit
 
 rivals: install ## Search settings for every method of params.yaml and train all (about four hours; no page shows it yet)

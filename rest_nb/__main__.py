@@ -116,12 +116,12 @@ def seconds(root, budget):
 def speed(root):
     "Time networks, and the making of batches, against one another: runs/speed."
     for source, name in (("13_speed", "speed"), ("14_assembly", "assembly")):
-        execute(root / "nbs" / f"{source}.ipynb", root / "runs" / "speed" / f"{name}.ipynb")
+        execute(root / "nbs" / f"{source}.ipynb", root / "runs" / "speed" / f"{name}.ipynb", progress=True)
 
 
 def looks(root):
     "Train some networks again, and ask what they look at and where their weights lie: runs/looks."
-    execute(root / "nbs" / "15_looks.ipynb", root / "runs" / "looks" / "looks.ipynb")
+    execute(root / "nbs" / "15_looks.ipynb", root / "runs" / "looks" / "looks.ipynb", progress=True)
 
 
 def table(root, budget):
@@ -145,7 +145,7 @@ def page(root, budget):
     load_rows(root, budget)  # raises where one is missing, before a notebook does
     source = root / "nbs" / PAGES.get(budget, PAGES["cpu"])
     execute(source, source if budget in PAGES else root / "runs" / budget / source.name,
-            **dict(budget=budget) if source.name == PAGES["cpu"] else {})
+            progress=True, **dict(budget=budget) if source.name == PAGES["cpu"] else {})
     if budget in BUDGETS:
         readme = root / "README.md"
         readme.write_text(with_table(readme.read_text(), readme_table(root)))
@@ -197,7 +197,7 @@ def rerun(root, *paths):
     "Execute the notebooks PATHS in place and clean them."
     for path in map(Path, paths):
         print(path, file=sys.stderr)
-        execute(path, path, cwd=path.parent)
+        execute(path, path, cwd=path.parent, progress=True)
 
 # %% ../nbs/0d_commands.ipynb #ac0d3411
 COMMANDS = {f.__name__: f for f in (fetch, sets, compile, row, together, search, train, seconds, speed, looks, table, page, show, check, clean, rerun)}

@@ -30,6 +30,11 @@ class StaleMomentum(RigL):
         if not all(isinstance(layer, Masked) for layer in self.layers.values()):
             raise ValueError("the model is stored sparse, where absent weights have no momentum; expected storage: masked")
 
+    @property
+    def dense_gradients(self):
+        "Steps that needed one: all."
+        return self.step
+
     @torch.no_grad()
     def before_step(self):
         "Gradients stay dense; every `delta_t` steps the masks are updated."

@@ -99,7 +99,7 @@ class Config:
     guess: str = "labels"
     afterwards: str = "none"
     density: float = 0.05           # what sparse methods share
-    storage: str = "compact"        # the non-zeros alone, computed in fp32; or dense weights under masks
+    storage: str = "compact"        # the non-zeros alone, on a CPU computed in fp32; or dense weights under masks
     distribution: str = "erk"
     delta_t: int = 2
     t_end: float = 0.75
@@ -223,8 +223,8 @@ def configure(params, budget, setting, method):
                 near = difflib.get_close_matches(str(field), Config.__dataclass_fields__, 1)
                 raise ValueError(f"params.yaml, {section}: unknown field {field!r}"
                                  + (f"; did you mean {near[0]!r}?" if near else ""))
-            if field in fields and ((origin[field], section) not in (("common", f"methods.{method}"), (f"settings.{setting}", f"budgets.{budget}"))
-                                    or field in MADE_OF):
+            may = (origin.get(field), section) in (("common", f"methods.{method}"), ("common", f"budgets.{budget}"), (f"settings.{setting}", f"budgets.{budget}"))
+            if field in fields and (field in MADE_OF or not may):
                 raise ValueError(f"params.yaml: {field!r} stands both in {origin[field]} and in {section}")
             fields[field], origin[field] = value, section
     if is_tuned:

@@ -178,7 +178,7 @@ def load(path, split):
 
     Raises `FileNotFoundError` where there is none, with the way to make it.
     """
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing: `dvc repro sets sets-objects` makes it (faces: `dvc repro runs/faces/dvc.yaml:set`)")
+    if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing: `dvc repro sets sets-objects` makes it (faces: stage `set` of runs/faces/dvc.yaml or runs/paper/dvc.yaml)")
     with np.load(path) as arrays:
         x, y, a = (torch.from_numpy(arrays[key]) if (key := f"{split}_{name}") in arrays else None
                    for name in "xya")

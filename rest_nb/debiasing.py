@@ -129,7 +129,8 @@ def conflicting_contrast(is_conflicting, weight=0.05, temperature=0.1):
         silent = (features == 0).all(1, keepdim=True)  # without direction, and with no gradient
         z = F.normalize(features.masked_fill(silent, 0))
         oneself = (index[:, None] == index).to(y.device)  # a sample may have been drawn twice
-        shares = (z @ z.T / temperature).masked_fill(oneself, torch.finfo(z.dtype).min).log_softmax(1)
+        likeness = z @ z.T / temperature  # under autocast not of z's type
+        shares = likeness.masked_fill(oneself, torch.finfo(likeness.dtype).min).log_softmax(1)
         positive = (y[:, None] == y) & is_conflicting[index].to(y.device) & ~oneself
         positives = positive.sum(1)
         each = -shares.masked_fill(~positive, 0).sum(1) / positives.clamp(min=1)

@@ -33,6 +33,7 @@ class Run:
     def __init__(self, config, seed, train, checkpoint=None):
         if config.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("device is cuda, but torch finds no GPU (a build for the CPU alone finds none): set device to cpu")
+        if config.device == "cuda": torch.backends.cudnn.allow_tf32 = config.precision != "fp32"  # else fp32 would be rounded to 10 bits
         torch.manual_seed(seed)
         self.config, self.seed, self.train, self.checkpoint = config, seed, train, checkpoint
         self.hooks, self.notes = [], {}

@@ -43,7 +43,7 @@ def grad_cam(model, layer, x, classes):
     seen = []
     hook = layer.register_forward_hook(lambda layer, inputs, output: seen.append(output))
     try:
-        with evaluating(model), torch.enable_grad(): logits = model(x.requires_grad_())
+        with evaluating(model), torch.enable_grad(): logits = model(x.detach().requires_grad_())
     finally: hook.remove()
     if len(seen) != 1 or seen[0].dim() != 4: raise ValueError(f"{layer} gives no image once; expected a layer with an output N×C×H×W")
     gradient, = torch.autograd.grad(logits[torch.arange(len(x)), classes].sum(), seen)  # L:

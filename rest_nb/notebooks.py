@@ -62,11 +62,11 @@ def write(nb, path):
     finally: aside.unlink(missing_ok=True)
 
 # %% ../nbs/0a_notebooks.ipynb #937e8cc7
-def execute(source, target, cwd=None, **parameters):
+def execute(source, target, cwd=None, progress=False, **parameters):
     """Run notebook `source` with `parameters` through papermill
     and store it, cleaned, as `target`, whole or not at all.
 
-    `cwd`: the folder to run in, the caller's by default.
+    `cwd`: the folder to run in, the caller's by default. `progress`: show on stderr how many cells are done, and the time left.
     Raises `ValueError` where there are parameters and no cell is tagged `parameters`
     (papermill would ignore them in silence), `RuntimeError` where a cell raises;
     the notebook up to there is then `target` with the suffix `.failed.ipynb`.
@@ -82,7 +82,7 @@ def execute(source, target, cwd=None, **parameters):
     failed.unlink(missing_ok=True)
     try:
         papermill.execute_notebook(str(source), str(aside), parameters, kernel_name="python3",
-                                   progress_bar=False, cwd=cwd, stderr_file=sys.stderr,
+                                   progress_bar=progress, cwd=cwd, stderr_file=sys.stderr,
                                    extra_arguments=["--log-level=ERROR"])
         write(clean(nbformat.read(aside, 4)), target)
     except papermill.PapermillExecutionError as error:

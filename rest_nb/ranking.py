@@ -73,8 +73,10 @@ def prices(rows):
 
 
 def ratios(rows):
-    "The conflict ratio of each setting, {setting: float}."
-    return {setting: row["config"]["conflict_ratio"] for (setting, _), row in rows.items()}
+    "The conflict ratio of each setting, {setting: float}. Raises `ValueError` where two have the same: a table by ratio would mix them."
+    found = {setting: row["config"]["conflict_ratio"] for (setting, _), row in rows.items()}
+    if len({*found.values()}) < len(found): raise ValueError(f"settings {', '.join(found)} share a conflict ratio; expected another for each")
+    return found
 
 # %% ../nbs/0f_ranking.ipynb #d30c0603
 def compared(rows, pairs, states=("selected", "last")):

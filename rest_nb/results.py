@@ -19,17 +19,18 @@ from .metrics import holm, over_seeds, p_value
 from .rows import read_json
 
 # %% ../nbs/0c_results.ipynb #3b893375
-def load_rows(root, budget):
-    """The stored results of a budget, {(setting, method): dict}.
+def load_rows(root, budget, settings=None):
+    """The stored results of a budget, {(setting, method): dict}; of some of its `settings`, or of all.
 
     Raises `ValueError` for a budget that is none, `FileNotFoundError`, naming the first row that is missing.
     """
     params, rows = read_params(Path(root) / "params.yaml"), {}
     if budget not in params["budgets"]:
         raise ValueError(f"params.yaml has no {budget!r} in budgets; expected one of {', '.join(params['budgets'])}")
-    has_own = (Path(root) / "runs" / budget / "dvc.yaml").is_file()  # a pipeline
-    stage = f"runs/{budget}/dvc.yaml:{budget}" if has_own else budget
-    for setting in named(params, budget, "settings"):
+    family = budget.split("-")[0]
+    own = f"runs/{family}/dvc.yaml"  # a pipeline
+    stage = f"{budget}-rows" if not (Path(root) / own).is_file() else f"{own}:{budget}" if family == budget else f"{own}:{budget}-rows"
+    for setting in settings or named(params, budget, "settings"):
         for method in named(params, budget, "methods"):
             path = Path(root) / "runs" / budget / "rows" / f"{setting}-{method}.json"
             rows[setting, method] = read_json(path)
@@ -110,8 +111,8 @@ def paired_difference(tested, setting, method, rival, group="conflicting"):
     return dict(over_seeds(found), p=p_value(found))
 
 
-def differences(rows, pairs):
-    """Paired differences in conflicting test accuracy, in points with 95 % t-intervals.
+def differences(rows, pairs, group="conflicting"):
+    """Paired differences in test accuracy on a `group`, in points with 95 % t-intervals.
 
     A line for each setting and pair. `pairs`: (method, rival) tuples.
     Columns for the `selected` and for the `last` states, and the p-value of the former, by Holm for the whole table.
@@ -121,7 +122,7 @@ def differences(rows, pairs):
         for method, rival in pairs:
             line = dict(setting=setting, difference=f"{method} - {rival}")
             for state in ("selected", "last"):
-                d = paired_difference(accuracies(rows, state), setting, method, rival)
+                d = paired_difference(accuracies(rows, state), setting, method, rival, group)
                 line |= {state: f"{100 * d['mean']:+.1f} ± {100 * d['ci95']:.1f}", "n": d["n"]}
                 if state == "selected": p.append(d["p"])
             lines.append(line)
@@ -195,7 +196,7 @@ def counts(root, rows):
 
 # %% ../nbs/0c_results.ipynb #d4836db1
 MARKS = ("<!-- table: written by `make study` from runs -->", "<!-- /table -->")
-SETS = {"cmnist": "Colored MNIST", "cifar10c": "Corrupted CIFAR-10", "utkface-64": "UTKFace, 64²"}
+SETS = {"cmnist": "Colored MNIST", "cifar10c": "Corrupted CIFAR-10", "utkface-64": "UTKFace, 64²", "utkface": "UTKFace"}
 BUDGETS = ("cpu", "objects", "faces")  # whose results the README shows
 
 

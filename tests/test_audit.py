@@ -8,6 +8,9 @@ from torch import nn
 
 from rest_nb import audit, masks
 from rest_nb.batches import CIFAR, Transform, assemble
+from rest_nb.configs import Config
+from rest_nb.data import BiasedDataset
+from rest_nb.experiments import run_seed
 from rest_nb.masks import RigL, maskable
 from rest_nb.models import cnn
 from rest_nb.sparse import sparsify
@@ -72,6 +75,12 @@ def test_stale_momentum_is_that_of_a_weight_that_was_always_there():
     weight, before, after, buffer = trained(RigL, .5, 2)
     assert (weight[after & ~before] == 0).all() and (buffer[~after] == 0).all()
     assert int(before.sum()) == int(after.sum()) == 6
+
+
+def test_dense_gradients_are_counted_at_every_step():
+    config = Config(sparsity="audit.StaleMomentum", storage="masked", width=4, density=.3, batch_size=8, steps=6, eval_every=3)
+    data = BiasedDataset(torch.randint(0, 256, (40, 3, 28, 28)).byte(), torch.arange(40) % 10, torch.arange(40) // 4)
+    assert run_seed(config, 1, lambda name: data)[0]["spent"]["dense_gradients"] == 6
 
 
 def test_without_momentum_nothing_is_stale():

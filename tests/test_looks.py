@@ -57,6 +57,12 @@ def test_grad_cam_is_its_equation():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_grad_cam_leaves_its_images_alone():
+    model, x = cnn(10, width=4), torch.rand(2, 3, 16, 16)
+    looks.grad_cam(model, model[5], x, torch.tensor([0, 1]))
+    assert not x.requires_grad
+
+
 def test_grad_cam_wants_a_layer_that_gives_an_image():
     model = cnn(width=2)
     with pytest.raises(ValueError, match="expected a layer with an output"): looks.grad_cam(model, model[11], torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))

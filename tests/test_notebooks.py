@@ -135,8 +135,10 @@ def test_an_executed_notebook_is_whole_and_the_same_again(tmp_path, capsys):
     said = [o.get("text", o.get("data")) for c in nb.cells for o in c.outputs]
     assert said == ["21 place\n", "more\n", {"text/plain": "{'x': 21}"}]
     assert [c.metadata.get("tags") for c in nb.cells][:2] == [["parameters"], ["injected-parameters"]]
-    assert "bar at" in capsys.readouterr().err
-    execute(source, target, cwd=place, x=21)
+    told = capsys.readouterr().err
+    assert "bar at" in told and "Executing" not in told
+    execute(source, target, cwd=place, progress=True, x=21)
+    assert "Executing" in (told := capsys.readouterr().err) and "5/5" in told
     assert target.read_text() == first == dump(clean(nbformat.read(target, 4)))
     assert files(tmp_path) == ["a.ipynb", "out/b.ipynb"] and source.read_bytes() == before
 
@@ -334,7 +336,7 @@ def test_a_page_is_executed_in_its_place(project, monkeypatch, budget, source, t
     monkeypatch.setattr(results, "readme_table", lambda root: "new")
     (project / "README.md").write_text(before := f"a {results.MARKS[0]}\nold\n{results.MARKS[1]} b")
     assert main(["page", budget]) == 0
-    assert executed == [(project / source, project / target, parameters)]
+    assert executed == [(project / source, project / target, dict(parameters, progress=True))]
     assert (project / "README.md").read_text() == (before.replace("old", "new") if in_readme else before)
 
 

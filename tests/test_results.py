@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from rest_nb.results import load_rows, means, table
+from rest_nb.configs import DATASETS
+from rest_nb.results import SETS, differences, load_rows, means, table
 
 ROOT = Path(__file__).parents[1]
 ACCURACIES = dict.fromkeys(("conflicting", "worst_group", "worst_cell", "unbiased"), .5)
@@ -37,14 +38,31 @@ def test_means_are_over_seeds_by_setting_and_method():
     assert set(found["red"]["ERM"]) == set(ACCURACIES) and found["blue"]["ERM"]["unbiased"] == .5
 
 
+def test_differences_are_seed_by_seed_and_of_the_group_asked_for():
+    "Of .1, .2, .3: mean .2, sd .1, so ± 4.303 × .1 / √3, and t = 3.46, p = .074 with 2 degrees of freedom; asked once more, doubled by Holm."
+    run = lambda n, share: dict(seed=n, **{state: dict(ACCURACIES, worst_group=share, conflicting=.5) for state in ("selected", "last")})
+    rows = {("red", name): dict(config=dict(conflict_ratio=.01), runs=[run(n, share) for n, share in enumerate(shares)])
+            for name, shares in dict(A=(.3, .5, .7), B=(.2, .3, .4), C=(.2, .3, .4)).items()}
+    found = differences(rows, [("A", "B"), ("A", "C")], "worst_group")
+    assert [*found.selected] == [*found["last"]] == ["+20.0 ± 24.8"] * 2 and [*found.p] == ["0.148"] * 2 and [*found.n] == [3, 3]
+    assert differences(rows, [("A", "B")]).selected.item() == "+0.0 ± 0.0"
+
+
+def test_every_data_set_has_a_name(): assert set(SETS) == set(DATASETS)
+
+
 def test_a_missing_row_says_which_pipeline_makes_it(tmp_path):
-    text = "{common: {}, settings: {red: {}}, methods: {A: {}}, budgets: {short: {}, own: {}}}"
+    text = "{common: {}, settings: {red: {}, blue: {}}, methods: {A: {}}, budgets: {short: {}, own: {}, own-more: {}}}"
     (tmp_path / "params.yaml").write_text(text)
     (tmp_path / "runs" / "own").mkdir(parents=True)
     (tmp_path / "runs" / "own" / "dvc.yaml").touch()
-    with pytest.raises(FileNotFoundError, match="runs/short/rows/red-A.json is missing: `dvc repro short` makes it"): load_rows(tmp_path, "short")
+    with pytest.raises(FileNotFoundError, match="runs/short/rows/red-A.json is missing: `dvc repro short-rows` makes it"): load_rows(tmp_path, "short")
+    (tmp_path / "runs" / "short" / "rows").mkdir(parents=True)
+    (tmp_path / "runs" / "short" / "rows" / "blue-A.json").write_text("{}")
+    assert load_rows(tmp_path, "short", ["blue"]) == {("blue", "A"): {}}
     with pytest.raises(FileNotFoundError, match="red-A.json is missing: `dvc repro runs/own/dvc.yaml:own` makes it"): load_rows(tmp_path, "own")
-    with pytest.raises(ValueError, match="no 'long' in budgets; expected one of short, own"): load_rows(tmp_path, "long")
+    with pytest.raises(FileNotFoundError, match="`dvc repro runs/own/dvc.yaml:own-more-rows` makes it"): load_rows(tmp_path, "own-more")
+    with pytest.raises(ValueError, match="no 'long' in budgets; expected one of short, own, own-more"): load_rows(tmp_path, "long")
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "nbs").glob("2*.ipynb"))], ids=lambda path: path.stem)

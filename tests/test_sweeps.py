@@ -1,8 +1,12 @@
 "Sweeps: tables and pictures of invented rows, against means and intervals by hand."
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from rest_nb import sweeps
+from rest_nb.models import NETWORKS
 
 
 def row(shares, density, **roles):
@@ -51,3 +55,30 @@ def test_the_picture_has_a_line_for_each_variant(lines):
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0.01", "0.1"] and ax.get_xscale() == "log"
     assert len(sweeps.sweep_figure(lines, "density", panels="conflict_ratio").axes) == 1
     plt.close("all")
+
+
+COUNTED = {.0005: (.0009, .0014, .0014), .005: (.0085, .0144, .0149), .01: (.0171, .0290, .0300), .05: (.1040, .1494, .1503),
+           .1: (.1674, .2935, .2942), .5: (.674, .809, .809)}  # ERK's forward FLOPs, dense ones 1, worked out apart from this project
+
+
+@pytest.mark.parametrize("column, network, classes, size", [(0, "cnn", 10, 28), (1, "resnet18", 10, 32), (2, "resnet18", 2, 128)])
+def test_savings_are_those_worked_out_apart(column, network, classes, size):
+    found = sweeps.savings(NETWORKS[network](classes), (3, size, size), COUNTED)
+    assert found.inference.to_dict() == pytest.approx({density: shares[column] for density, shares in COUNTED.items()}, abs=.0005)
+
+
+def test_savings_by_hand():
+    "Convolutions of 4 weights at 9 positions and of 4 at 1, a linear weight, 3 biases and 2 parameters of batch-norm."
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 2), torch.nn.BatchNorm2d(1), torch.nn.Conv2d(1, 1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(1, 1))
+    found = sweeps.savings(model, (1, 4, 4), [1, 5 / 9], delta_t=4)  # 5 of the 9 weights: the linear one, by ERK dense, and two of each
+    assert found.loc[1].tolist() == [1, 1, 1]
+    kept = 2 * 9 + 2 * 1 + 1
+    assert found.loc[5 / 9].tolist() == pytest.approx([10 / 14, kept / 41, (3 * kept * 3 + 2 * kept + 41) / (12 * 41)])
+
+
+def test_a_cost_that_is_not_known_is_no_point():
+    lines = pd.DataFrame(dict(variant=["A", "A", "A", "B"], seed=[1, 2, 1, 1], conflicting=[.2, .4, .6, .8], ms=[1., 1., None, 2.], FLOPs=[1, 1, 2, 3]))
+    figure = sweeps.cost_figure(lines, ["FLOPs", "ms"])
+    points = [[list(zip(*(each.get_data()))) for each in (container[0] for container in ax.containers)] for ax in figure.axes]
+    assert np.allclose(points[0][0], [(1, .3), (2, .6)]) and np.allclose(points[1][0], [(1, .3)]) and np.allclose(points[1][1], [(2, .8)])
+    assert [ax.get_xlabel() for ax in figure.axes] == ["FLOPs", "ms"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -49,6 +50,14 @@ def test_others_go_on_where_one_fails_and_all_are_told(two):
     assert all("min for all that is left" in line for line in told) and "about 0 min" in told[-1]
 
 
+def test_workers_leave_it_to_others_to_tell_of_failures(two):
+    def is_told():
+        before = logging.getLogger("distributed.worker").isEnabledFor(logging.WARNING)
+        workers.begin()
+        return before, logging.getLogger("distributed.worker").isEnabledFor(logging.ERROR)
+    assert two.submit(is_told).result() == (True, False)
+
+
 def test_nothing_to_do_is_done(two): assert do_all(two, wait_or_fail, []) == {}
 
 
@@ -85,6 +94,11 @@ def run_and_tell(root, *row):
     (Path(root) / "pid").write_text(str(os.getpid()))
     with open(Path(root) / "pids", "a") as file: file.write(f"{os.getpid()}\n")
     workers.row(root, *row)
+
+
+def test_a_budget_that_is_none_is_refused_before_a_worker_starts(tmp_path):
+    root = make_root(tmp_path / "project", study("REST"))
+    with pytest.raises(ValueError, match="no 'tinny' in budgets; expected one of tiny"): train(root, 2, ["tiny", "tinny"])
 
 
 def test_a_study_is_what_is_pending_and_searches_come_first(tmp_path, monkeypatch):
