@@ -53,9 +53,10 @@ study: install ## Bring the stored long studies, their pages and the README's ta
 	$(RUN) rerun nbs/29_looks.ipynb nbs/2b_claims.ipynb
 	$(RUN) page audit
 
-rivals: install ## Search settings for every method of params.yaml and train all (about four hours; no page shows it yet)
+rivals: install ## Search settings for the 32 methods of the ranking, train all, execute their page (about four hours)
 	$(if $(JOBS),dvc repro sets && $(RUN) train $(JOBS) rivals)
 	dvc repro runs/rivals/dvc.yaml:rivals
+	$(RUN) page rivals
 
 speed: install ## Time networks, and the making of batches, on this machine (10 minutes, nothing else running)
 	$(RUN) speed
