@@ -407,7 +407,7 @@ def test_a_split_is_read_without_the_others(tmp_path):
 
 
 def test_a_missing_file_names_the_mend(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"set\.npz is missing: `dvc repro sets` makes it"):
+    with pytest.raises(FileNotFoundError, match=r"set\.npz is missing: `dvc repro sets sets-objects` makes it"):
         load(tmp_path / "set.npz", "train")
     with pytest.raises(FileNotFoundError): load(tmp_path, "train")  # a folder is no file
 
