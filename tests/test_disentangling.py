@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rest_nb.configs import Config
+from rest_nb.cost import forward_flops
 from rest_nb.data import BiasedDataset
 from rest_nb.disentangling import DisEnt, Disentangled, encoder
 from rest_nb.experiments import Run
@@ -185,6 +186,8 @@ def test_a_run_on_the_harness(fields):
         assert torch.equal(model.intrinsic[0].weight, first[0].weight) and not torch.equal(model.bias[0].weight, first[0].weight)
     assert loss.swap_from == 3 and loss.dis == .5
     fitted = fit(valid=run.train, eval_every=3, **setup)
+    if config.sparsity == "dense":  # two networks
+        assert run.spent()["flops"] == pytest.approx(2 * forward_flops(config.untrained(), (3, 28, 28))[0], rel=.02)
     assert loss.number == 6 and len(fitted.history) == 2 and not any("averages" in name for name in model.state_dict())
     if config.sparsity != "dense":
         assert run.hooks[0].updates == 2 and run.spent()["kept"] < .4 * sum(p.numel() for p in first.parameters()) * 2

@@ -445,6 +445,21 @@ def test_every_method_of_the_study_runs_and_keeps_to_its_density(method):
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.parametrize("method", [m for m in STORED["budgets"]["rivals"]["methods"] if not m.startswith("Narrow")])
+@pytest.mark.parametrize("dataset, network, size, classes", [("cifar10c", "resnet18", 32, 10), ("utkface-64", "resnet34", 64, 2)])
+def test_every_method_runs_on_other_sets_and_networks(method, dataset, network, size, classes):
+    shorter = {name: re.sub(r"steps=\d+", "steps=1", text) for name, text in STORED["methods"][method].items() if type(text) is str}
+    config = dataclasses.replace(small(method), dataset=dataset, network=network, severity=5 if classes == 10 else 0, steps=4, eval_every=2, width=2, **shorter)
+    n = 10 * classes ** 2
+    y, a = torch.arange(n) % classes, torch.arange(n) // classes % classes  # every cell
+    noise = BiasedDataset(torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(0)).byte(), y, a, classes)
+    result, _ = run_seed(config, 4, lambda split: noise)
+    weights = sum(w.numel() for w in maskable(config.untrained()).values())
+    if config.sparsity == "dense" or method == "DisEnt": assert result["spent"]["kept"] >= weights
+    else: assert result["spent"]["kept"] < .4 * weights + sum(p.numel() for p in config.untrained().parameters()) - weights
+    assert result["last"]["unbiased_n"] == n
+
+
 def test_the_narrow_controls_are_as_large_as_rest():
     """Their widths, by the CNN's own counts: 160 w² + 88 w weights; and, at 196, 49, 9 and 1 positions,
     2720 w² + 9448 w multiply-accumulates."""

@@ -313,6 +313,7 @@ def test_dfr_on_the_harness(storage):
     model = run.prepare()["model"]
     new, again = (run.call("afterwards", model, valid) for _ in range(2))
     groups = cells(valid.y, valid.is_conflicting)
+    assert run.asked == 2 * 200  # each time
     expected = retrain_last_layer(model, lambda index: valid.x[index] / 255, valid.y, groups, seeded(5), C=.5)
     with torch.no_grad(), evaluating(new), evaluating(again), evaluating(expected), evaluating(model):
         x = valid.x / 255

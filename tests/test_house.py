@@ -159,9 +159,17 @@ def test_notebooks_are_named_by_kind_and_small(path):
 def test_reading_notebooks_cannot_train():
     for page in (ROOT / "nbs").glob("2*.ipynb"):
         source = "\n".join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == "code")
-        used = {m for m in re.findall(r"from rest_nb\.(\w+) import", source)}
-        assert used <= {"results", "notebooks", "metrics"}
+        assert imported_by_notebook(page) <= {"results", "notebooks", "metrics", "ranking", "sweeps", "audit", "models"}
         assert not re.search(r"import rest_nb|\bfit\(|run_row|\.backward", source)
+
+
+def test_no_room_knows_a_method_by_name():
+    "What a method is stands in params.yaml alone."
+    names = read_params(ROOT / "params.yaml")["methods"]
+    for path in (ROOT / "rest_nb").glob("*.py"):
+        assert not re.search(r"\bmethod (==|!=|in) [(\[{]?[\"']", path.read_text()), path
+    text = (ROOT / "rest_nb" / "experiments.py").read_text() + (ROOT / "rest_nb" / "training.py").read_text()
+    assert not [name for name in names if re.search(rf"\b{name}\b", text)]
 
 
 def test_make_help_names_every_target():

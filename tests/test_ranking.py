@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rest_nb import ranking
 from rest_nb.ranking import (RULES, compared, front, guesses_table, interval, is_told, load_searches, places, prices, ranking_figure,
-                             ratios, run_seconds, searched, times)
+                             ratios, run_seconds, searched, stopped, times)
 
 matplotlib.use("agg")
 
@@ -18,7 +18,8 @@ matplotlib.use("agg")
 def stored(accuracies, flops, oracle=None, **config):
     "A row: conflicting accuracies of its seeds, selected; with labels left out ten points less; what it cost."
     config = dict(dict(sparsity="dense", reweighting="none", guess="labels", initial="random", afterwards="none", conflict_ratio=.01), **config)
-    runs = [dict(seed=seed, selected=dict(conflicting=c), average=dict(conflicting=c - .1)) for seed, c in enumerate(accuracies)]
+    runs = [dict(seed=seed, selected=dict(conflicting=c, aligned=1 - c), average=dict(conflicting=c - .1), last=dict(conflicting=.5))
+            for seed, c in enumerate(accuracies)]
     if oracle: runs = [dict(run, oracle=dict(conflicting=oracle)) for run in runs]
     return dict(config=config, cost=dict(training_flops=flops), runs=runs)
 
@@ -35,6 +36,7 @@ def test_the_best_comes_first_with_its_interval_and_its_price():
     assert [*table.index] == ["REST", "JTT", "ERM"]
     half = HALF * 10  # sd is 10 points
     assert table[RULES["selected"]]["REST"] == f"60.0 ± {half:.1f}" and table[RULES["average"]]["REST"] == f"50.0 ± {half:.1f}"
+    assert table.aligned["REST"] == f"40.0 ± {half:.1f}"
     assert table[RULES["oracle"]].to_dict() == dict(REST="", JTT="90.0 ± 0.0", ERM="")
     assert table.FLOPs.to_dict() == dict(REST="0.05×", JTT="2.50×", ERM="1.00×")
     assert table.seconds.to_dict() == dict(REST="0.40×", JTT="–", ERM="1.00×") and set(table.n) == {3}
@@ -106,6 +108,12 @@ def test_pairs_are_compared_seed_by_seed_and_starred_where_zero_is_left_out():
     assert table[.01, "selected"]["A - C"] == f"+0.0 ± {HALF * sd:.1f}"
 
 
+def test_what_stopping_early_adds_is_selected_less_last_seed_by_seed():
+    rows = {("red", "A"): stored([.5, .7, .9], 1), ("blue", "A"): stored([.6, .6, .6], 1, conflict_ratio=.5)}
+    table = stopped(rows, ["A"])
+    assert [*table.columns] == [.01, .5] and table.loc["A"].tolist() == [f"+20.0 ± {HALF * 20:.1f}", "+10.0 ± 0.0 *"]
+
+
 def test_guesses_are_shown_with_what_became_of_them():
     guess = lambda precision, guessed: dict(guess=dict(precision=precision, guessed=guessed, recall=.5, conflicting=40))
     rows = dict(ROWS)
@@ -141,9 +149,14 @@ def test_what_was_tried_and_who_won():
 def test_searches_are_read_and_a_missing_one_is_named(tmp_path):
     folder = tmp_path / "runs" / "search"
     folder.mkdir(parents=True)
-    for name in ("red-ERM", "red-REST", "red-JTT"): (folder / f"{name}.json").write_text(json.dumps(dict(winner=name)))
+    empty = dict(common={}, settings={}, methods={}, budgets={})
+    (tmp_path / "params.yaml").write_text(json.dumps(dict(empty, grids=dict.fromkeys(("ERM", "REST", "JTT"), dict(lr=[1, 2])))))
+    stored = lambda name: dict(candidates=[dict(fields=dict(lr=lr)) for lr in (1, 2)], winner=name)
+    for name in ("red-ERM", "red-REST", "red-JTT"): (folder / f"{name}.json").write_text(json.dumps(stored(name)))
     with pytest.raises(FileNotFoundError, match="blue-ERM.json is missing: `make rivals`"): load_searches(tmp_path, ROWS)
-    assert load_searches(tmp_path, [("red", "JTT")]) == {("red", "JTT"): dict(winner="red-JTT")}
+    assert load_searches(tmp_path, [("red", "JTT")]) == {("red", "JTT"): stored("red-JTT")}
+    (tmp_path / "params.yaml").write_text(json.dumps(dict(empty, grids=dict(JTT=dict(lr=[1, 3])))))
+    with pytest.raises(ValueError, match="red-JTT.json tried other settings than grids.JTT .*: `make rivals`"): load_searches(tmp_path, [("red", "JTT")])
 
 
 @given(st.lists(st.tuples(st.floats(1, 499), st.floats(1, 499)), min_size=1, max_size=32), st.integers(5, 80))

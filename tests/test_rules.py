@@ -419,6 +419,28 @@ def test_a_rule_does_not(rule, least):
     assert least < worst < stats.norm.cdf(2) + .015  # no line does better in all cells
 
 
+def test_group_dro_ends_where_both_groups_are_as_bad():
+    "The minimum of the larger of two losses that pull a line apart has both equal; that of their mean does not."
+    n, generator = 2000, seeded(0)
+    x = torch.cat([-1 + .3 * torch.randn(n, 1, generator=generator), 1 + 2 * torch.randn(n, 1, generator=generator)])
+    y = torch.arange(2 * n) // n
+
+    def losses(loss):
+        torch.manual_seed(0)
+        model = nn.Linear(1, 2)
+        optimizer = torch.optim.SGD(model.parameters(), .3)
+        for _ in range(1500):
+            optimizer.zero_grad()
+            loss(model(x), y, torch.arange(2 * n)).backward()
+            optimizer.step()
+        each = F.cross_entropy(model(x), y, reduction="none")
+        return each[:n].mean().item(), each[n:].mean().item()
+    narrow, wide = losses(cross_entropy)
+    assert narrow < wide - .2
+    narrow, wide = losses(GroupDRO(y, .05))
+    assert narrow == pytest.approx(wide, abs=.01)
+
+
 # ----------------------------------------------------------------------------- beside being sparse
 
 def noise(n, seed=0):
