@@ -12,9 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from .configs import read_params
 from .metrics import over_seeds
 from .results import accuracies, paired_difference
-from .configs import read_params
 from .rows import read_json
 from .search import candidates
 
