@@ -240,7 +240,9 @@ def configure(params, budget, setting, method):
 
 def named(params, budget, kind):
     "The `settings` or `methods` (`kind`) that a budget is for: those it names, or all. Raises `ValueError` for names that are none."
-    place, every = params["budgets"].get(budget), list(params[kind])
+    if budget not in params["budgets"]:
+        raise ValueError(f"params.yaml has no {budget!r} in budgets; expected one of {some(params['budgets'], budget)}")
+    place, every = params["budgets"][budget], list(params[kind])
     names = place.get(kind, every) if isinstance(place, dict) else every
     if not isinstance(names, list) or not names or not all(name in params[kind] for name in names):
         raise ValueError(f"params.yaml, budgets.{budget}: {kind} is {names!r}; "

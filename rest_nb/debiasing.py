@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['relaxed', 'straight_through', 'masked_call', 'expected_density', 'check', 'learn_mask', 'harden',
-           'conflicting_contrast', 'trained_and_masked', 'mrm', 'dcwp']
+           'conflicting_contrast', 'trained_and_masked', 'Contrasted', 'mrm', 'dcwp', 'contrasted']
 
 # %% ../nbs/07_debiasing.ipynb #7cb0129c
 import copy
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .masks import largest, maskable
-from .reweighting import cross_entropy, sample_weights, weighted_batches
+from .reweighting import cross_entropy, sample, sample_weights, weighted_batches
+from .sparse import last_linear
 
 # %% ../nbs/07_debiasing.ipynb #07489954
 def relaxed(pi, u):
@@ -38,13 +39,11 @@ def masked_call(model, gates, x):
     Features are what comes into the last linear layer, None where there is none.
     In training mode batch-norm statistics move, as in any call.
     """
-    weights, seen = maskable(model), [None]
-    heads = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1:]
-    hooks = [head.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0])) for head in heads]
+    weights, seen = maskable(model), []
+    hook = (last_linear(model) or model).register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
     try: logits = functional_call(model, {name: weights[name] * gate for name, gate in gates.items()}, x)
-    finally:
-        for hook in hooks: hook.remove()
-    return logits, None if seen[-1] is None else seen[-1].flatten(1)
+    finally: hook.remove()
+    return logits, seen[-1].flatten(1) if last_linear(model) else None
 
 # %% ../nbs/07_debiasing.ipynb #0f180dd6
 def expected_density(logits):
@@ -69,7 +68,7 @@ def learn_mask(model, batches, images, y, loss=cross_entropy, *, contrast=None, 
     `FloatingPointError` where the loss is not finite.
     """
     check(penalty, lr)
-    if contrast and not any(isinstance(layer, nn.Linear) for layer in model.modules()):
+    if contrast and last_linear(model) is None:
         raise ValueError(f"{type(model).__name__} has no linear layer, and so no features to contrast")
     batches = list(batches)
     if not batches: raise ValueError("0 batches; expected at least one to learn the mask from")
@@ -153,6 +152,30 @@ def trained_and_masked(run, batches, steps, penalty, lr, contrast=None):
     return dense, harden(logits, run.config.density)
 
 
+class Contrasted(nn.Module):
+    """A loss, `loss(logits, y, index)`: mean cross-entropy, and `contrast(features, y, index)` of what came into the last linear
+    layer of `model` when it made these `logits`, stored dense or sparse.
+    """
+    def __init__(self, model, contrast):
+        super().__init__()
+        self.contrast, self.features = contrast, None
+        model.register_forward_pre_hook(self.watch)
+
+    def watch(self, model, inputs):
+        "Keep what comes into the last layer in this call, if it trains: looked up anew, as it may have been stored sparse since."
+        if not model.training: return
+        def keep(layer, inputs):
+            self.features = inputs[0].flatten(1).float()
+            hook.remove()
+        hook = last_linear(model).register_forward_pre_hook(keep)
+
+    def forward(self, logits, y, index):
+        "Raises `ValueError` where the model has made no logits since the last call."
+        if self.features is None: raise ValueError("the model has kept no features; is it in training mode?")
+        features, self.features = self.features, None
+        return cross_entropy(logits, y, index) + self.contrast(features, y, index)
+
+
 def mrm(run, steps=None, penalty=10., lr=0.1):
     "First masks for a run by MRM (Zhang et al., 2021); its starting weights stay. See `trained_and_masked`."
     return trained_and_masked(run, run.batches, steps, penalty, lr)[1]
@@ -166,3 +189,8 @@ def dcwp(run, steps=None, penalty=10., lr=0.1, contrast=0.05):
     dense, masks = trained_and_masked(run, batches, steps, penalty, lr, contrast)
     run.model.load_state_dict(dense.state_dict())
     return masks
+
+
+def contrasted(run, contrast=0.05):
+    "The reweighting of DCWP's last stage: conflicting samples drawn `upweight` times as often, and the contrast, by its weight, in the loss."
+    return dict(sample(run), loss=Contrasted(run.model, conflicting_contrast(run.is_conflicting, contrast)))

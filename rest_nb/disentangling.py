@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .rules import Difficulty, generalised_cross_entropy
-from .sparse import replace
+from .sparse import last_linear, replace
 
 # %% ../nbs/07_disentangling.ipynb #d15e0005
 def encoder(model):
@@ -17,9 +17,9 @@ def encoder(model):
 
     Raises `ValueError` where there is none.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    if not layers: raise ValueError(f"{type(model).__name__} has no linear layer to leave out")
-    return replace(model, {layers[-1]: nn.Identity()}), layers[-1]
+    head = last_linear(model)
+    if head is None: raise ValueError(f"{type(model).__name__} has no linear layer to leave out")
+    return replace(model, {head: nn.Identity()}), head
 
 # %% ../nbs/07_disentangling.ipynb #d15e0008
 class Disentangled(nn.Module):

@@ -51,6 +51,11 @@ class Run:
         "Which training samples conflict (bool, N): by their labels, or as guessed."
         return self.train.is_conflicting if self.config.guess == ROLES["guess"] else self.call("guess")
 
+    @functools.cached_property
+    def parts(self):
+        "What the method's reweighting brings, a dict: `batches`, a `loss`, or nothing."
+        return self.call("reweighting") or {}
+
     def batches(self, steps=None):
         "So many `steps` (all the run's) of shuffled batches: an iterable of indices."
         return shuffled_batches(len(self.train), self.config.batch_size, steps or self.config.steps, self.generator)
@@ -116,7 +121,7 @@ class Run:
     def prepare(self):
         "All that `fit` needs to train the model, as keyword arguments (but for `valid` and `eval_every`)."
         config = self.config
-        parts = self.call("reweighting") or {}
+        parts = self.parts  # before first masks are made: they may look at its batches
         first = self.call("initial")
         density = config.density if first is None else None
         drawn = dict(distribution=DISTRIBUTIONS[config.distribution], seed=self.seed)
@@ -171,8 +176,9 @@ def run_seed(config, seed, split, progress=iter, checkpoint=None):
         fitted = run.begin(keep=config.oracle)
     put_aside = lambda: checkpoint and is_first() and checkpoint.save((run, fitted, before + time.perf_counter() - start))
     fitted.go_on(valid, config.eval_every, progress, put_aside)
-    last = {name: value.clone() for name, value in run.model.state_dict().items()}
     selected = {name: fitted.best[rule] for name, rule in dict(selected="worst_group", average="unbiased").items()}
+    last = {name: value.clone() for name, value in run.model.state_dict().items()}
+    states = {config.steps: last} | dict(selected.values()) | fitted.states
 
     def finished(state):
         run.model.load_state_dict(state)
@@ -186,12 +192,12 @@ def run_seed(config, seed, split, progress=iter, checkpoint=None):
         logits = ask(finished(state), test.x, config.precision, functools.partial(run.inputs, layout=run.layout))
         return group_accuracy(logits.argmax(1), test.y, test.a)
 
-    result = dict(seed=seed, best_step=selected["selected"][0], last=tested(last),
-                  **{name: tested(state) for name, (_, state) in selected.items()},
+    found = {step: tested(state) for step, state in states.items()}
+    result = dict(seed=seed, best_step=selected["selected"][0], last=found[config.steps],
+                  **{name: found[step] for name, (step, _) in selected.items()},
                   average_step=selected["average"][0], spent=spent, notes=run.notes, history=fitted.history)
     if config.oracle:
-        found = {step: tested(state) for step, state in fitted.states.items()}
-        step = max(found, key=lambda step: (found[step]["worst_group"], step))
+        step = max(fitted.states, key=lambda step: (found[step]["worst_group"], step))
         result.update(oracle=found[step], oracle_step=step)
     return result, seconds
 

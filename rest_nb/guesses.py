@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .models import evaluating
 from .rules import cells, subsample
-from .sparse import SparseLinear, replace
+from .sparse import SparseLinear, last_linear, replace
 
 # %% ../nbs/07_guesses.ipynb #8117155d
 def precision_recall(guess, is_conflicting):
@@ -60,10 +60,10 @@ def last_layer(model, images, n):
     `images`: the model's input for an index. The layer is an `nn.Linear` or a `SparseLinear`.
     Raises `ValueError` where the model's output is not that of its last linear layer.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, SparseLinear))]
-    if not layers: raise ValueError(f"{type(model).__name__} has no linear layer to train anew")
+    head = last_linear(model)
+    if head is None: raise ValueError(f"{type(model).__name__} has no linear layer to train anew")
     calls, features = [], []
-    hook = layers[-1].register_forward_hook(lambda layer, inputs, output: calls.append((inputs[0], output)))
+    hook = head.register_forward_hook(lambda layer, inputs, output: calls.append((inputs[0], output)))
     try:
         with evaluating(model):
             for index in torch.arange(n).split(1024):
@@ -73,7 +73,7 @@ def last_layer(model, images, n):
                     raise ValueError(f"{type(model).__name__} does not end in its last linear layer")
                 features.append(calls[0][0].double())
     finally: hook.remove()
-    return layers[-1], torch.cat(features)
+    return head, torch.cat(features)
 
 # %% ../nbs/07_guesses.ipynb #8fec48b5
 def logistic_regression(x, y, num_classes, C=1.):

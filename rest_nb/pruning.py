@@ -181,9 +181,11 @@ class DropAtRandom:
 
 # %% ../nbs/03_pruning.ipynb #8869f31d
 def drawn(run, batches, passes):
-    "So many `batches` of the run, [(x, y)], counted `passes` times; `ValueError` for less than one."
+    "So many `batches`, [(x, y)], drawn as those that the run trains on, counted `passes` times; `ValueError` for less than one."
     if not batches >= 1: raise ValueError(f"batches is {batches}; expected 1 or more")
-    data = [(run.images(index), run.train.y[index].to(run.config.device)) for index in run.batches(batches)]
+    source = run.parts.get("batches") or run.batches()
+    drawn = (source.draw() for _ in range(batches))  # beside those of its steps
+    data = [(run.images(index), run.train.y[index].to(run.config.device)) for index in drawn]
     run.trained += passes * sum(len(y) for _, y in data)
     return data
 

@@ -133,11 +133,14 @@ def images_path(root, setting):
 
 def pending(root, params, budget):
     """The rows of a budget, (setting, method), whose stored result is missing
-    or was made with other code or settings.
+    or was made with other code or settings; also those that have lost the search they are tuned by.
     """
     def is_current(row):
         stored = read_json(row_path(root, budget, *row))
-        return stored is not None and stored.items() >= stamp(configure(params, budget, *row), images_path(root, row[0])).items()
+        if stored is None: return False
+        try: config = configure(params, budget, *row)
+        except ValueError: return False  # whoever trains that row is told why
+        return stored.items() >= stamp(config, images_path(root, row[0])).items()
     every = itertools.product(named(params, budget, "settings"), named(params, budget, "methods"))
     return [row for row in every if not is_current(row)]
 

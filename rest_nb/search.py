@@ -67,7 +67,7 @@ def search_row(root, setting, method):
     path, part = root / "runs" / "search" / f"{setting}-{method}.json", root / ".parts" / f"search-{setting}-{method}.json"
     made = dict(stamp(configs[0], images_path(root, setting)), rehearsal=rehearse(tried_out, configs[0], split))
     earlier = next((found for found in (read_json(part, {}), read_json(path, {})) if computes_as(found, made)), dict(candidates=[]))
-    result = dict(setting=setting, method=method, rule="worst_group of valid, then unbiased", **made, candidates=[])
+    result = dict(setting=setting, method=method, rule="worst_group of valid, then conflicting_loss", **made, candidates=[])
     with tqdm(total=sum(config.steps for config in configs), unit="step", mininterval=2, file=sys.stderr) as bar:
         for number, (fields, config) in enumerate(zip(tried, configs), 1):
             bar.set_description_str(f"search {setting} {method} {number}/{len(tried)}")
@@ -76,7 +76,7 @@ def search_row(root, setting, method):
             else: bar.update(config.steps)
             result["candidates"].append(found)
             write_json(part, result)
-    worth = [(found["worst_group"], found["unbiased"]) for found in result["candidates"]]
+    worth = [(found["worst_group"], -found["conflicting_loss"]) for found in result["candidates"]]
     if max(worth)[0] < 0: raise FloatingPointError(f"{setting} {method}: no candidate came to its end: {result['candidates'][0]['why']}")
     result["winner"] = tried[worth.index(max(worth))]
     write_json(path, result)
@@ -92,9 +92,9 @@ def tried_out(config, split, progress=iter):
 
 
 def judge(config, split, progress=iter):
-    "What the validation split says of a configuration's first seed: accuracies by group, and the step, of the best evaluation."
+    "What the validation split says of a configuration's first seed: accuracies by group, `conflicting_loss`, and the step, of the best evaluation."
     try: told = tried_out(config, split, progress)
     except (FloatingPointError, ValueError) as error:  # ValueError: a guess that tells nobody apart
-        return dict(worst_group=-1.0, unbiased=-1.0, conflicting=-1.0, step=0, why=str(error))  # worse than any
+        return dict(worst_group=-1.0, conflicting_loss=0.0, unbiased=-1.0, conflicting=-1.0, step=0, why=str(error))  # worse than any
     best = next(entry for entry in told["history"] if entry["step"] == told["step"])
-    return {name: best[name] for name in ("worst_group", "unbiased", "conflicting", "step")}
+    return {name: best[name] for name in ("worst_group", "conflicting_loss", "unbiased", "conflicting", "step")}

@@ -5,7 +5,7 @@ __all__ = ['SWAPPED', 'ORDINARY', 'STEM', 'RESIDUAL', 'forward_taps', 'backward_
            'sides', 'order', 'tables', 'units', 'on_tensors', 'Convolve', 'channels', 'refuse_second_derivative',
            'dense_gradient', 'SparseConv2d', 'SparseLinear', 'normed', 'Passed', 'Swapped', 'GlobalAverage',
            'PassedNorm', 'PassedReLU', 'SwappedMaxPool', 'SwappedAvgPool', 'SwappedAdaptiveAvgPool', 'Residual',
-           'name_of', 'refuse', 'is_hooked', 'followers', 'sparsify', 'densify', 'ordinary', 'replace']
+           'name_of', 'refuse', 'is_hooked', 'followers', 'sparsify', 'densify', 'ordinary', 'last_linear', 'replace']
 
 # %% ../nbs/04_sparse.ipynb #76bd0241
 import functools
@@ -487,6 +487,11 @@ def ordinary(layer):
     dense.weight = nn.Parameter(layer.dense().detach(), layer.values.requires_grad)
     dense.bias = layer.bias
     return dense.train(layer.training)
+
+
+def last_linear(model):
+    "The last linear layer of `model`, dense or stored sparse; None where there is none."
+    return next((layer for layer in reversed(list(model.modules())) if isinstance(layer, (nn.Linear, SparseLinear))), None)
 
 
 def replace(model, new):

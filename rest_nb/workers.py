@@ -15,7 +15,7 @@ from pathlib import Path
 import dask
 from dask.distributed import Client, LocalCluster, as_completed
 
-from .configs import named, read_params, some
+from .configs import named, read_params
 from .rows import THREADS, pending, ready, run_row
 from .search import search_row
 
@@ -75,9 +75,7 @@ def train(root, where, budgets, told=functools.partial(print, file=sys.stderr)):
     """Train the rows of `budgets` that are pending, several at once; `where`: see `client`. Returns {task: error} of failures."""
     root = Path(root)
     params, failed = read_params(root / "params.yaml"), {}
-    for budget in budgets:
-        if budget not in params["budgets"]: raise ValueError(f"params.yaml has no {budget!r} in budgets; expected one of {some(params['budgets'], budget)}")
-        named(params, budget, "methods")  # raises where it is none
+    for budget in budgets: named(params, budget, "methods")  # raises where it is none
     tuned = [budget for budget in budgets if (params["budgets"][budget] or {}).get("tuned")]
     with client(where) as workers:
         searches = [row for budget in tuned for row in itertools.product(named(params, budget, "settings"), named(params, budget, "methods"))]

@@ -421,11 +421,31 @@ def test_an_adapter_learns_what_the_functions_learn_and_listens_to_its_options(m
 @pytest.mark.parametrize("storage", ["compact", "masked"])
 @pytest.mark.parametrize("method", ["debiasing.mrm(steps=3)", "debiasing.dcwp(steps=3, contrast=.1)"])
 def test_rows_train_under_their_masks(method, storage):
-    config = dataclasses.replace(CONFIG, initial=method, storage=storage, reweighting="reweighting.sample")
+    config = dataclasses.replace(CONFIG, initial=method, storage=storage, reweighting="debiasing.contrasted")
     result, _ = run_seed(config, 41, split)
     masked = round(.3 * sum(w.numel() for w in maskable(config.untrained()).values()))
     others = sum(p.numel() for p in config.untrained().parameters()) - sum(w.numel() for w in maskable(config.untrained()).values())
     assert result["spent"]["kept"] == masked + others and result["spent"]["trained"] == 2 * 3 * 20
+
+
+@pytest.mark.parametrize("storage", ["compact", "masked"])
+def test_the_last_stage_contrasts_what_comes_into_the_last_layer(storage):
+    config = dataclasses.replace(CONFIG, initial="debiasing.dcwp(steps=1)", storage=storage, reweighting="debiasing.contrasted(contrast=.5)")
+    run = Run(config, 41, split("train"))
+    how, index = run.prepare(), torch.arange(20)
+    y, model = split("train").y[index], run.model.train()
+    with pytest.raises(ValueError, match="kept no features"): how["loss"](torch.zeros(20, 10), y, index)
+    logits = model(how["inputs"](split("train").x, index=index))
+    found = how["loss"](logits, y, index)
+    features = model[:-1](how["inputs"](split("train").x, index=index)).flatten(1)  # the CNN is a Sequential
+    expected = F.cross_entropy(logits, y) + conflicting_contrast(run.is_conflicting, .5)(features, y, index)
+    torch.testing.assert_close(found, expected)
+    assert found > F.cross_entropy(logits, y) + .01
+    with pytest.raises(ValueError, match="kept no features"): how["loss"](logits, y, index)  # each call's are its own
+    model.eval()(how["inputs"](split("train").x, index=index))
+    with pytest.raises(ValueError, match="kept no features"): how["loss"](logits, y, index)
+    drawn = torch.cat(list(how["batches"]))
+    assert run.is_conflicting[drawn].float().mean() > run.is_conflicting.float().mean() + .1  # and reweighted
 
 
 def test_dcwp_goes_by_the_runs_guess():

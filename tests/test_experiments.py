@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import rest_nb
 from rest_nb.__main__ import untuned
 from rest_nb import configs, experiments, masks, metrics, rows as keeping, training
-from rest_nb.configs import ROLES, Config, configure, part, read_params, rows
+from rest_nb.configs import ROLES, Config, configure, named, part, read_params, rows
 from rest_nb.data import SPLITS, UNIFORM, BiasedDataset, assign_attributes, colour, save
 from rest_nb.experiments import Run, cost, run_seed
 from rest_nb.masks import maskable
@@ -1168,6 +1168,17 @@ def test_a_change_makes_pending_what_it_touches(root, study, still_good):
     for method in ("ERM", "ReW"): row(root, method)
     left = pending(root, study, "tiny")
     assert [m for m in ("ERM", "ReW") if ("blobs", m) not in left] == still_good
+
+
+def test_a_row_whose_search_is_lost_is_pending_and_stops_no_other(root):
+    tuned = edited("budgets", "tiny", tuned=True)
+    for method in ("ERM", "ReW"): row(root, method)
+    left = pending(root, tuned | dict(winners={"blobs-ERM": {}}), "tiny")
+    assert ("blobs", "ERM") not in left and ("blobs", "ReW") in left
+
+
+def test_settings_of_a_budget_that_is_none_are_refused():
+    with pytest.raises(ValueError, match="params.yaml has no 'tyni' in budgets; expected one of tiny"): named(STUDY, "tyni", "settings")
 
 
 def test_a_result_without_a_stamp_is_pending(root):

@@ -518,6 +518,17 @@ def test_scores_on_the_harness_are_those_of_the_first_batches(kind, batches):
     assert scores[kept].min() >= scores[~kept].max() - close and scores[kept].min() > scores.min() + close
 
 
+@pytest.mark.parametrize("kind", ["snip", "grasp"])
+def test_scores_are_of_batches_drawn_as_the_run_draws_them(kind):
+    config = changed(initial=f"pruning.{kind}(batches=3)", reweighting="reweighting.sample(upweight=1e9)", guess="guesses.by_chance")
+    run, seen = Run(config, 1, split("train")), []
+    images, run.images = run.images, lambda index: seen.append(index) or images(index)
+    batches = run.prepare()["batches"]
+    assert len(seen) == 3 and all(run.is_conflicting[index].all() for index in seen)
+    assert len({tuple(index.tolist()) for index in seen}) == 3
+    assert len(list(batches)) == config.steps  # none of the run's own is used up
+
+
 @pytest.mark.parametrize("text", ["magnitude", "rewound(steps=1)"])
 def test_the_distribution_of_a_run_is_followed(text):
     run = Run(changed(initial=f"pruning.{text}", distribution="uniform"), 1, split("train"))
