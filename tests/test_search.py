@@ -159,6 +159,15 @@ def test_what_was_tried_with_other_code_is_tried_again(root, monkeypatch):
     assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .001} and asked == [.001, .05]
 
 
+def test_what_another_rule_judged_is_judged_again(root, monkeypatch):
+    asked = scripted(monkeypatch, {.001: .2, .05: .3})
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "RULE", "another")
+        search_row(root, "blobs", "ERM")
+    search_row(root, "blobs", "ERM")
+    assert asked == [.001, .05] * 2
+
+
 def test_what_was_found_stays_and_only_what_is_new_is_tried(root, monkeypatch):
     asked = scripted(monkeypatch, {.001: .2, .05: .3, .1: .4})
     before = search_row(root, "blobs", "ERM")
