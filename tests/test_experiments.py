@@ -625,8 +625,9 @@ def test_what_is_pruned_in_training_is_selected_when_it_is_pruned():
 def test_the_test_split_is_asked_in_the_precision_of_training(monkeypatch, precision):
     asked, real = [], experiments.ask
     monkeypatch.setattr(experiments, "ask", lambda model, x, *how: asked.append(how) or real(model, x, *how))
-    run_seed(dataclasses.replace(BASE, precision=precision), 1, split_of(BASE))
-    assert [how[0] for how in asked] == [precision] * 3  # the last state, and those selected with labels and without
+    result, _ = run_seed(dataclasses.replace(BASE, precision=precision), 1, split_of(BASE))
+    states = {BASE.steps, result["best_step"], result["average_step"]}  # the last one, and those selected with labels and without
+    assert [how[0] for how in asked] == [precision] * len(states)  # each is asked once
 
 
 def test_a_run_is_plain_numbers():
