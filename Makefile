@@ -53,7 +53,7 @@ study: install ## Bring the stored long studies, their pages and the README's ta
 	$(RUN) rerun nbs/29_looks.ipynb nbs/2b_claims.ipynb
 	$(RUN) page audit
 
-rivals: install ## Search settings for the 32 methods of the ranking, train all, execute their page (about four hours)
+rivals: install ## Search settings for the 32 methods of the ranking, train all, execute their page (about two and a half hours)
 	$(if $(JOBS),dvc repro sets && $(RUN) train $(JOBS) rivals)
 	dvc repro runs/rivals/dvc.yaml:rivals
 	$(RUN) page rivals
