@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import threading
 import time
 
 import dask
@@ -71,28 +70,31 @@ def test_workers_of_a_scheduler_at_an_address_are_found(two):
 
 
 def test_a_row_whose_worker_is_killed_is_finished_by_another(tmp_path, two):
-    """The row's worker dies when the first checkpoint lies there; what is stored is what one process would have stored."""
+    "What is stored is what one process would have stored."
     undisturbed, root = (make_root(tmp_path / name, study("REST")) for name in ("undisturbed", "killed"))
-    pids = {}
-
-    def kill():
-        while not any((root / ".parts").glob("*.checkpoint")): time.sleep(.005)
-        os.kill(int((root / "pid").read_text()), signal.SIGKILL)
-        pids["killed"] = True
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    failed = do_all(two, run_and_tell, [(str(root), "tiny", "blobs", "it")], lambda line: None)
-    killer.join(10)
-    alone = multiprocessing.get_context("forkserver").Process(target=run_and_tell, args=(str(undisturbed), "tiny", "blobs", "it"))
+    failed = do_all(two, run_or_die, [(str(root), "dies", "tiny", "blobs", "it")], lambda line: None)
+    alone = multiprocessing.get_context("forkserver").Process(target=run_or_die, args=(str(undisturbed), "lives", "tiny", "blobs", "it"))
     alone.start(); alone.join()
-    assert failed == {} and pids and result(root) == result(undisturbed)
+    assert failed == {} and result(root) == result(undisturbed)
     assert (root / "pids").read_text().count("\n") == 2  # two processes have worked on it
 
 
-def run_and_tell(root, *row):
+def run_or_die(root, fate, *row):
+    "Work on a row. If that is its fate, the first process that does dies at its first step after a checkpoint."
     from pathlib import Path
-    (Path(root) / "pid").write_text(str(os.getpid()))
-    with open(Path(root) / "pids", "a") as file: file.write(f"{os.getpid()}\n")
+
+    from rest_nb.training import Steps
+    with open(Path(root) / "pids", "a+") as file:
+        file.write(f"{os.getpid()}\n")
+        file.seek(0)
+        is_first = len(file.readlines()) == 1
+    if fate == "dies" and is_first:
+        step = Steps.__next__
+
+        def watched(self):
+            if any((Path(root) / ".parts").glob("*.checkpoint")): os.kill(os.getpid(), signal.SIGKILL)
+            return step(self)
+        Steps.__next__ = watched
     workers.row(root, *row)
 
 
