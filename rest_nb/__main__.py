@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PAGES', 'COMMANDS', 'fetch', 'sets', 'build', 'compile', 'row', 'together', 'search', 'train', 'seconds', 'speed',
-           'looks', 'table', 'page', 'show', 'untuned', 'check', 'clean', 'rerun', 'main']
+           'looks', 'places', 'table', 'page', 'show', 'untuned', 'check', 'clean', 'rerun', 'main']
 
 # %% ../nbs/0d_commands.ipynb #f4ddf409
 import argparse
@@ -120,8 +120,13 @@ def speed(root):
 
 
 def looks(root):
-    "Train some networks again, and ask what they look at and where their weights lie: runs/looks."
+    "Train some networks again, and ask what they look at: runs/looks."
     execute(root / "nbs" / "15_looks.ipynb", root / "runs" / "looks" / "looks.ipynb", progress=True)
+
+
+def places(root, setting, method):
+    "Train a sparse row's networks again, and see where their weights lie: runs/places/SETTING-METHOD.ipynb and .json."
+    execute(root / "nbs" / "16_places.ipynb", root / "runs" / "places" / f"{setting}-{method}.ipynb", setting=setting, method=method)
 
 
 def table(root, budget):
@@ -200,7 +205,7 @@ def rerun(root, *paths):
         execute(path, path, cwd=path.parent, progress=True)
 
 # %% ../nbs/0d_commands.ipynb #ac0d3411
-COMMANDS = {f.__name__: f for f in (fetch, sets, compile, row, together, search, train, seconds, speed, looks, table, page, show, check, clean, rerun)}
+COMMANDS = {f.__name__: f for f in (fetch, sets, compile, row, together, search, train, seconds, speed, looks, places, table, page, show, check, clean, rerun)}
 
 
 def main(words=None):

@@ -104,6 +104,17 @@ def test_looks_depend_on_what_they_use_and_no_others():
     assert used <= {dep.removeprefix("rest_nb/").removesuffix(".py") for dep in stages()["looks"]["deps"]}
 
 
+def test_places_depend_on_what_they_use_and_no_others():
+    stage, params = stages()["places"], read_params(ROOT / "params.yaml")
+    methods = [params["methods"][name] for name in named(params, "places", "methods")]
+    code = code_of("looks.travel", *(text for method in methods for text in method.values() if type(text) is str and "." in text))
+    rows = {f"runs/{budget}/rows" for budget in ("cpu", "densities", "dynamics")}
+    assert set(stage["deps"]) == {f"rest_nb/{module}.py" for module in (*code, "notebooks")} | rows | {"nbs/16_places.ipynb", "sets/${item.setting}.npz"}
+    assert imported_by_notebook(ROOT / "nbs" / "16_places.ipynb") <= {*code, "notebooks"}
+    held = {name for budget in ("cpu", "densities", "dynamics") for name in named(params, budget, "methods")}
+    assert set(named(params, "places", "methods")) <= held  # each has a row to be compared with
+
+
 def imported_by_notebook(path):
     source = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
     return {name for line in re.findall(r"^from rest_nb import (.+)$", source, re.M) for name in line.split(", ")} \
