@@ -82,3 +82,21 @@ def test_a_cost_that_is_not_known_is_no_point():
     points = [[list(zip(*(each.get_data()))) for each in (container[0] for container in ax.containers)] for ax in figure.axes]
     assert np.allclose(points[0][0], [(1, .3), (2, .6)]) and np.allclose(points[1][0], [(1, .3)]) and np.allclose(points[1][1], [(2, .8)])
     assert [ax.get_xlabel() for ax in figure.axes] == ["FLOPs", "ms"]
+
+
+def test_a_missing_place_is_named(tmp_path):
+    (tmp_path / "params.yaml").write_text("common: {}\nsettings: {s: {}}\nmethods: {A: {}, B: {}}\nbudgets: {places: {methods: [A, B]}}")
+    for method in "AB":
+        with pytest.raises(FileNotFoundError, match=f"s-{method}.json is missing: `dvc repro places`"): sweeps.load_places(tmp_path, "s")
+        (tmp_path / "runs" / "places").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / "places" / f"s-{method}.json").write_text(f'{{"found": "{method}"}}')
+    assert sweeps.load_places(tmp_path, "s") == dict(A=dict(found="A"), B=dict(found="B"))
+
+
+def test_where_weights_lie_in_percent():
+    "Means over three seeds by hand; the last layer's outputs are classes."
+    runs = [dict(travel=t, explored=t / 10, dead=dict(first=d, second=1 - d, last=1.)) for t, d in ((.1, 0.), (.2, .5), (.6, .7))]
+    stored = dict(config=dict(density=.05), runs=runs, overlap=dict(found=[.1, .2, .3, .4, .5, .6], by_chance=[.05] * 6))
+    table = sweeps.places_table(dict(SET=stored, RigL=stored))
+    assert list(table.index) == ["SET", "RigL"]
+    assert table.loc["SET"].to_dict() == pytest.approx({"density": 5, "travel": 30, "explored": 3, "overlap": 35, "by chance": 5, "dead, layer 1": 40, "dead, layer 2": 60})
