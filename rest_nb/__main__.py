@@ -126,7 +126,8 @@ def looks(root):
 
 def places(root, setting, method):
     "Train a sparse row's networks again, and see where their weights lie: runs/places/SETTING-METHOD.ipynb and .json."
-    execute(root / "nbs" / "16_places.ipynb", root / "runs" / "places" / f"{setting}-{method}.ipynb", setting=setting, method=method)
+    execute(root / "nbs" / "16_places.ipynb", root / "runs" / "places" / f"{setting}-{method}.ipynb",
+            budget="places", setting=setting, method=method)
 
 
 def table(root, budget):

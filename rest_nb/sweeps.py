@@ -55,6 +55,7 @@ def sweep_figure(lines, across, by="variant", measure="conflicting", panels=None
         ax.set(xscale=scale, title=f"{panels.replace('_', ' ')} {title}" if panels else "")
         ax.set_xticks(sorted(found[across].unique()), [f"{x:g}" for x in sorted(found[across].unique())])
         ax.minorticks_off()
+        ax.tick_params(axis="x", rotation=90, labelsize=7)  # 0.9 and 1 would lie over one another
     axes[0, 0].set_ylabel(f"accuracy, {measure.replace('_', ' ')} test images")
     axes[0, -1].legend()
     return fig
