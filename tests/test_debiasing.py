@@ -3,6 +3,7 @@ whose debiased part is known."""
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -365,6 +366,43 @@ def test_dcwp_removes_the_shortcut(seed):
 def test_without_upweight_the_shortcut_stays(upweight, weight):
     reads, after = learnt(0, upweight, weight)
     assert after < .05 and reads[1, 0] - reads[0, 0] > 1
+
+
+def spread(n, ratio, seed):
+    "The target in one coordinate, the attribute in four smaller ones: features n×5 (numpy), targets, attributes."
+    r = np.random.default_rng(seed)
+    y = np.arange(n) % 2
+    a = np.where(r.random(n) < ratio, 1 - y, y)
+    return np.column_stack([1.5 * (2 * y - 1), *[2 * a - 1] * 4]) + .6 * r.standard_normal((n, 5)), y, a
+
+
+def loss_under(weight, x, y):
+    "Mean cross-entropy of a linear network, in numpy."
+    logits = x @ weight.T
+    return np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(y)), y])
+
+
+@pytest.mark.parametrize("ratio", [.02, .1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_mrm_drops_a_shortcut_that_takes_many_weights(seed, ratio):
+    "Of all 1024 masks of the network the one with the least loss and penalty reads the target alone; it is what is learnt."
+    features, target, _ = spread(2000, ratio, seed)
+    x, y = torch.from_numpy(features).float(), torch.from_numpy(target)
+    model = nn.Linear(5, 2, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), .1)
+    for index in shuffled_batches(2000, 100, 40, seeded(seed)):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[index]), y[index]).backward()
+        optimizer.step()
+    weight = model.weight.detach().double().numpy()
+    masks = [np.array(bits).reshape(2, 5) for bits in itertools.product([0, 1], repeat=10)]
+    best = min(masks, key=lambda mask: loss_under(weight * mask, features, target) + mask.mean())
+    pi = learn_mask(model, shuffled_batches(2000, 100, 1000, seeded(seed + 10)), x.__getitem__, y, penalty=1., seed=seed)
+    assert best.tolist() == [[1, 0, 0, 0, 0]] * 2 == harden(pi)["weight"].int().tolist()
+    fresh, fresh_target, attribute = spread(4000, .5, seed + 100)
+    right = lambda w: ((fresh @ w.T).argmax(1) == fresh_target)[fresh_target != attribute].mean()
+    assert right(weight) < (.5 if ratio < .1 else .9) and right(weight * best) > .97
 
 
 def test_a_stronger_penalty_keeps_less():
