@@ -44,14 +44,12 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Bring the stored long studies, their pages and the README's table up to date (about two hours; JOBS=4: four rows at once)
-	$(if $(JOBS),dvc repro sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu audit audit-005 objects $(if $(REST_NB_FACES),faces))
-	dvc repro cpu objects looks sweeps@audit sweeps@audit-005
+study: install ## Bring the stored long studies, their pages and the README's table up to date (about four hours; JOBS=4: four rows at once)
+	$(if $(JOBS),dvc repro sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu densities dynamics widths audit audit-005 objects $(if $(REST_NB_FACES),faces))
+	dvc repro cpu objects looks places sweeps@densities sweeps@dynamics sweeps@widths sweeps@audit sweeps@audit-005
 	$(if $(REST_NB_FACES),dvc repro runs/faces/dvc.yaml:faces)
-	$(RUN) page cpu
-	$(RUN) page objects
-	$(RUN) rerun nbs/29_looks.ipynb nbs/2b_claims.ipynb
-	$(RUN) page audit
+	for budget in cpu objects densities dynamics widths audit; do $(RUN) page $$budget || exit; done
+	$(RUN) rerun nbs/28_cost.ipynb nbs/29_looks.ipynb nbs/2b_claims.ipynb
 
 rivals: install ## Search settings for the 32 methods of the ranking, train all, execute their page (about two and a half hours)
 	$(if $(JOBS),dvc repro sets && $(RUN) train $(JOBS) rivals)
