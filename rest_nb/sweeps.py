@@ -67,7 +67,7 @@ def draw(ax, lines, across, by, measure):
     for name, line in lines.dropna(subset=across).groupby(by, sort=False):
         s = line.groupby(across)[measure].agg(lambda shares: over_seeds(shares)["mean"])
         half = line.groupby(across)[measure].agg(lambda shares: over_seeds(shares)["ci95"])
-        ax.errorbar(s.index, s, half, marker="o", ms=4, lw=1.2, elinewidth=.7, capsize=2, label=name, color=METHOD_COLOURS.get(name) or next(others))
+        ax.errorbar(s.index, s, half, marker="o", ms=4, lw=1.2, elinewidth=.7, capsize=2, label=name, color=METHOD_COLOURS.get(name) or next(others, None))
     ax.set(xlabel=across.replace("_", " "), ylim=(0, 1))
     ax.grid(lw=.4)
 

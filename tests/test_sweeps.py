@@ -84,6 +84,15 @@ def test_a_cost_that_is_not_known_is_no_point():
     assert [ax.get_xlabel() for ax in figure.axes] == ["FLOPs", "ms"]
 
 
+def test_each_line_of_a_panel_has_a_colour_of_its_own():
+    "Named methods keep theirs, others take none of these."
+    fig, ax = plt.subplots()
+    names = ["another", "ERM", "ReW", "one more", "RigL", "REST"]
+    sweeps.draw(ax, pd.DataFrame([dict(variant=name, width=w, conflicting=.5) for name in names for w in (1, 2)]), "width", "variant", "conflicting")
+    assert len({container[0].get_color() for container in ax.containers}) == len(names)
+    plt.close(fig)
+
+
 def test_a_missing_place_is_named(tmp_path):
     (tmp_path / "params.yaml").write_text("common: {}\nsettings: {s: {}}\nmethods: {A: {}, B: {}}\nbudgets: {places: {methods: [A, B]}}")
     for method in "AB":
