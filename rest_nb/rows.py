@@ -29,6 +29,7 @@ from .cost import peak_memory
 from .data import load
 from .experiments import cost, run_seed
 from .parallel import is_first, processes
+from .training import has_bf16
 
 # %% ../nbs/09_rows.ipynb #eab1aa87
 @functools.cache
@@ -62,6 +63,7 @@ def stamp(config, images):
     versions = dict(python=platform.python_version(), torch=torch.__version__.split("+")[0], numpy=numpy.__version__,
                     numba=numba.__version__, threads=torch.get_num_threads())
     if processes() > 1: versions["processes"] = processes()
+    if config.device == "cpu" and config.precision == "bf16" and not has_bf16(): versions["precision"] = "fp32"  # instead
     return json.loads(json.dumps(dict(config=dataclasses.asdict(config), versions=versions, data=file_hash(images),
                                       code=code_hash(config))))
 

@@ -16,6 +16,7 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
+from rest_nb import training
 from rest_nb.batches import assemble
 from rest_nb.configs import Config
 from rest_nb.data import BiasedDataset
@@ -564,7 +565,8 @@ def test_losses_on_the_harness():
     assert setup["loss"](logits, torch.tensor([2]), None).item() == pytest.approx((1 - .25 ** .5) / .5)
 
 
-def test_lffs_twin_computes_in_the_precision_of_the_run():
+def test_lffs_twin_computes_in_the_precision_of_the_run(monkeypatch):
+    monkeypatch.setattr(training, "has_bf16", lambda: True)  # emulated, if need be
     seen = {}
     for precision in ("fp32", "bf16"):
         config = Config(width=4, batch_size=20, steps=6, eval_every=3, conflict_ratio=.1, precision=precision, reweighting="rules.lff")

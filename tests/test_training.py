@@ -3,6 +3,7 @@ import copy
 import functools
 import inspect
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -387,7 +388,13 @@ def test_a_generator_makes_training_another_and_the_same_again():
     assert not torch.equal(ends[0], ends[2]) and not torch.equal(ends[0], ends[3])
 
 
-def test_bf16_is_torchs_autocast_and_fp32_is_plain():
+@pytest.fixture
+def emulated(monkeypatch):
+    "bf16 even where the processor has none: a small network can wait."
+    monkeypatch.setattr(training, "has_bf16", lambda: True)
+
+
+def test_bf16_is_torchs_autocast_and_fp32_is_plain(emulated):
     model, x = normalised().eval(), TRAIN.x
     with torch.no_grad():
         plain, theirs = model(x.float() / 255), logits_of(model, x, "fp32")
@@ -399,7 +406,7 @@ def test_bf16_is_torchs_autocast_and_fp32_is_plain():
     assert not torch.equal(ours, theirs), "bf16 changes nothing"
 
 
-def test_precision_reaches_training_and_leaves_the_weights_in_fp32():
+def test_precision_reaches_training_and_leaves_the_weights_in_fp32(emulated):
     ends = {}
     for precision in training.PRECISIONS:
         model = small()
@@ -408,6 +415,22 @@ def test_precision_reaches_training_and_leaves_the_weights_in_fp32():
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
     assert not torch.equal(ends["fp32"], ends["bf16"])
     torch.testing.assert_close(ends["fp32"], ends["bf16"], rtol=0, atol=.1)  # but it is the same training
+
+
+@pytest.mark.parametrize("device, has, rounded", [("cpu", True, True), ("cpu", False, False), ("cuda", False, True)])
+def test_a_processor_without_bf16_computes_in_fp32(monkeypatch, device, has, rounded):
+    contexts = []
+    monkeypatch.setattr(training, "has_bf16", lambda: has)
+    monkeypatch.setattr(torch, "autocast", lambda *args, enabled: contexts.append((*args, enabled)))
+    for precision in training.PRECISIONS: autocast(torch.device(device), precision)
+    assert contexts == [(device, torch.bfloat16, False), (device, torch.bfloat16, rounded)]
+
+
+def test_bf16_is_had_where_the_processor_says_so():
+    flags = next((line.split() for line in open("/proc/cpuinfo") if line.startswith("flags")), []) if Path("/proc/cpuinfo").is_file() else []
+    if not flags: pytest.skip("no list of what this processor can do")
+    needed = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"}
+    assert training.has_bf16() == (needed <= {*flags})
 
 
 def test_unknown_precision_is_refused():
