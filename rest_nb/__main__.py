@@ -140,8 +140,8 @@ def table(root, budget):
 
 
 PAGES = {"cpu": "20_colored_mnist.ipynb", **dict.fromkeys(("objects", "faces"), "22_objects_and_faces.ipynb"),
-         "rivals": "23_methods.ipynb", "densities": "24_density.ipynb", "dynamics": "25_dynamics.ipynb", "widths": "27_width.ipynb",
-         "audit": "2a_audit.ipynb"}  # of the budgets whose results are in git
+         "rivals": "23_methods.ipynb", "densities": "24_density.ipynb", "dynamics": "25_dynamics.ipynb", "upweights": "26_reweighting.ipynb",
+         "widths": "27_width.ipynb", "audit": "2a_audit.ipynb"}  # of the budgets whose results are in git
 
 
 def page(root, budget):

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['GROUPS', 'METHOD_COLOURS', 'MARKS', 'SETS', 'BUDGETS', 'load_rows', 'accuracies', 'means', 'histories', 'percent',
            'table', 'load_seconds', 'paired_difference', 'differences', 'accuracy_figure', 'learning_figure',
-           'turning_points', 'examples_figure', 'counts', 'all_rows', 'readme_table', 'with_table', 'load_speed',
-           'speed_ratios', 'speed_figure', 'bar_table', 'layers_table', 'profile_table', 'choices_table',
+           'turning_points', 'examples_figure', 'counts', 'all_rows', 'readme_table', 'ends', 'with_table',
+           'load_speed', 'speed_ratios', 'speed_figure', 'bar_table', 'layers_table', 'profile_table', 'choices_table',
            'assembly_table']
 
 # %% ../nbs/0c_results.ipynb #d696110b
@@ -137,7 +137,7 @@ def accuracy_figure(tested, by="conflict_ratio"):
     """Conflicting test accuracy by method, a point for each seed, a panel for each conflict ratio, or what else
     `by` says: a matplotlib figure.
     """
-    grid = sns.catplot(tested, x="method", y="conflicting", col=by, hue="method",
+    grid = sns.catplot(tested, x="method", y="conflicting", col=by, hue="method", col_wrap=min(tested[by].nunique(), 2),
                        palette=METHOD_COLOURS, kind="strip", height=2.6, aspect=1.3, s=6, jitter=.12)
     grid.set(ylim=(0, 1)).set_axis_labels("", "accuracy, conflicting test images").set_titles(
         "conflict ratio {col_name}" if by == "conflict_ratio" else "{col_name}")
@@ -151,7 +151,7 @@ def learning_figure(history, measure="conflicting", by="conflict_ratio"):
 
     `measure`: a column of `histories`, such as `conflicting` (accuracy) or `conflicting_loss`.
     """
-    grid = sns.relplot(history, x="step", y=measure, col=by, hue="method", facet_kws=dict(sharex=False),
+    grid = sns.relplot(history, x="step", y=measure, col=by, col_wrap=min(history[by].nunique(), 2), hue="method", facet_kws=dict(sharex=False),
                        palette=METHOD_COLOURS, kind="line", errorbar=("pi", 100), height=2.8, aspect=1.3)
     for name, ax in grid.axes_dict.items():
         n = int(history[history[by] == name].conflicting_n.iloc[0])
@@ -175,14 +175,16 @@ def examples_figure(root, rows):
     a matplotlib figure.
     """
     settings = list(dict.fromkeys(setting for setting, _ in rows))
-    fig, axes = plt.subplots(1, len(settings), figsize=(5 * len(settings), 3.4), squeeze=False)
-    for ax, setting in zip(axes[0], settings):
+    columns = min(len(settings), 2)
+    fig, axes = plt.subplots(lines := -(-len(settings) // 2), columns, figsize=(5 * columns, 3.4 * lines), squeeze=False)
+    for ax in axes.flat[len(settings):]: ax.remove()
+    for ax, setting in zip(axes.flat, settings):
         picture = plt.imread(Path(root) / "runs" / "sets" / f"{setting}.png")
         ax.imshow(picture)
         ax.axhline(len(picture) / 2 - .5, color="white", lw=2)
         ratio = next(row["config"]["conflict_ratio"] for (s, _), row in rows.items() if s == setting)
         ax.set(xticks=[], yticks=[len(picture) / 4, len(picture) * 3 / 4],
-               yticklabels=["aligned", "conflicting"] if ax is axes[0, 0] else ["", ""],
+               yticklabels=["aligned", "conflicting"] if ax in axes[:, 0] else ["", ""],
                title=f"conflict ratio {ratio}")
     return fig
 
@@ -207,11 +209,17 @@ def all_rows(root):
 
 
 def readme_table(root):
-    "The README's table as markdown: the long budgets of all sets."
-    tables = {name: table(rows, load_seconds(root, budget))
+    "The README's table as markdown: the long budgets of all sets, at the smallest and the largest conflict ratio of each."
+    tables = {name: table(ends(rows), load_seconds(root, budget))
               for budget, (name, rows) in zip(BUDGETS, all_rows(root).items())}
     whole = pd.concat(tables, names=["set"]).reset_index("set")
     return whole.to_markdown(index=False, disable_numparse=True)
+
+
+def ends(rows):
+    "Those of `rows` that have their set's smallest or largest conflict ratio."
+    ratios = [row["config"]["conflict_ratio"] for row in rows.values()]
+    return {row: stored for (row, stored), ratio in zip(rows.items(), ratios) if ratio in (min(ratios), max(ratios))}
 
 
 def with_table(text, markdown):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from rest_nb.configs import DATASETS
-from rest_nb.results import SETS, differences, load_rows, means, table
+from rest_nb.results import SETS, differences, ends, load_rows, means, table
 
 ROOT = Path(__file__).parents[1]
 ACCURACIES = dict.fromkeys(("conflicting", "worst_group", "worst_cell", "unbiased"), .5)
@@ -46,6 +46,12 @@ def test_differences_are_seed_by_seed_and_of_the_group_asked_for():
     found = differences(rows, [("A", "B"), ("A", "C")], "worst_group")
     assert [*found.selected] == [*found["last"]] == ["+20.0 ± 24.8"] * 2 and [*found.p] == ["0.148"] * 2 and [*found.n] == [3, 3]
     assert differences(rows, [("A", "B")]).selected.item() == "+0.0 ± 0.0"
+
+
+def test_the_readme_shows_the_ends_of_many_conflict_ratios():
+    rows = {(str(ratio), "ERM"): stored(1, 1, 1, 1, ratio) for ratio in (.02, .005, .05, .01)}
+    assert [*ends(rows)] == [("0.005", "ERM"), ("0.05", "ERM")]
+    assert [*ends({("0.02", "ERM"): rows["0.02", "ERM"]})] == [("0.02", "ERM")]
 
 
 def test_every_data_set_has_a_name(): assert set(SETS) == set(DATASETS)

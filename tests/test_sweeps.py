@@ -57,6 +57,17 @@ def test_the_picture_has_a_line_for_each_variant(lines):
     plt.close("all")
 
 
+def test_what_reweighting_adds_is_taken_seed_by_seed():
+    made = dict(ERM=[.1, .2, .3], ReW=[.3, .5, .7], RigL=[.1, .1, .1], REST=[.4, .2, .6])
+    rows = {("a", method): row(shares, .1) for method, shares in made.items()} | {("b", method): row([.5, .5], .1) for method in made}
+    rows["a", "REST"]["runs"].reverse()  # seeds in another order are the same seeds
+    told = sweeps.interactions(rows)
+    # dense .2 .3 .4; sparse .3 .1 .5; difference .1 -.2 .1: t(2) 4.303 × 10, 20, 17.32 points / √3
+    assert told.loc["a"].tolist() == ["+30.0 ± 24.8 *", "+30.0 ± 49.7", "+0.0 ± 43.0", 3]
+    assert told.loc["b"].tolist() == ["+0.0 ± 0.0"] * 3 + [2]
+    assert set(sweeps.interactions(rows, "last").loc["a"]) == {"+0.0 ± 0.0", 3}
+
+
 COUNTED = {.0005: (.0009, .0014, .0014), .005: (.0085, .0144, .0149), .01: (.0171, .0290, .0300), .05: (.1040, .1494, .1503),
            .1: (.1674, .2935, .2942), .5: (.674, .809, .809)}  # ERK's forward FLOPs, dense ones 1, worked out apart from this project
 
