@@ -20,10 +20,13 @@ from .search import candidates
 
 # %% ../nbs/0f_ranking.ipynb #a1694622
 def run_seconds(root, budget, rows):
-    "Mean seconds of a whole run, {(setting, method): float}, of `rows` of a budget; those not stored are left out."
+    """Mean seconds of a whole run, {(setting, method): float}, of `rows` of a budget; left out are those not stored,
+    and those of a processor that computes in another precision than ERM's did.
+    """
+    precision = lambda row: rows.get(row, {}).get("versions", {}).get("precision")
     stored = {row: read_json(Path(root) / "runs" / budget / "seconds" / f"{row[0]}-{row[1]}.json") for row in rows}
     return {row: over_seeds(found["training"])["mean"] for row, found in stored.items()
-            if found and found.get("is_alone", True)}
+            if found and found.get("is_alone", True) and precision(row) == precision((row[0], "ERM"))}
 
 # %% ../nbs/0f_ranking.ipynb #cd75b5d6
 RULES = dict(selected="worst group (labels)", average="average (no labels)", oracle="oracle (not allowed)")

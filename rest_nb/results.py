@@ -139,7 +139,7 @@ def accuracy_figure(tested, by="conflict_ratio"):
     """
     grid = sns.catplot(tested, x="method", y="conflicting", col=by, hue="method", col_wrap=min(tested[by].nunique(), 2),
                        palette=METHOD_COLOURS, kind="strip", height=2.6, aspect=1.3, s=6, jitter=.12)
-    grid.set(ylim=(0, 1)).set_axis_labels("", "accuracy, conflicting test images").set_titles(
+    grid.set(ylim=(0, 1)).set_axis_labels("", "conflicting accuracy").set_titles(
         "conflict ratio {col_name}" if by == "conflict_ratio" else "{col_name}")
     for ax in grid.axes.flat: ax.grid(axis="y", lw=.4)
     return grid.figure

@@ -48,6 +48,9 @@ def test_seconds_are_means_of_what_was_stored(tmp_path):
     folder.mkdir(parents=True)
     (folder / "red-REST.json").write_text(json.dumps(dict(training=[1., 2., 6.])))
     assert run_seconds(tmp_path, "cpu", ROWS) == {("red", "REST"): 3.}
+    elsewhere = dict(ROWS["red", "REST"], versions=dict(precision="fp32"))  # without bf16, as ERM was not
+    assert run_seconds(tmp_path, "cpu", ROWS | {("red", "REST"): elsewhere}) == {}
+    assert run_seconds(tmp_path, "cpu", {("red", "ERM"): elsewhere, ("red", "REST"): elsewhere}) == {("red", "REST"): 3.}
 
 
 @pytest.mark.parametrize("config, told", [
