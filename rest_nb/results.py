@@ -175,16 +175,14 @@ def examples_figure(root, rows):
     a matplotlib figure.
     """
     settings = list(dict.fromkeys(setting for setting, _ in rows))
-    columns = min(len(settings), 2)
-    fig, axes = plt.subplots(lines := -(-len(settings) // 2), columns, figsize=(5 * columns, 3.4 * lines), squeeze=False)
-    for ax in axes.flat[len(settings):]: ax.remove()
-    for ax, setting in zip(axes.flat, settings):
+    fig, axes = plt.subplots(1, len(settings), figsize=(5 * len(settings), 3.4), squeeze=False)
+    for ax, setting in zip(axes[0], settings):
         picture = plt.imread(Path(root) / "runs" / "sets" / f"{setting}.png")
         ax.imshow(picture)
         ax.axhline(len(picture) / 2 - .5, color="white", lw=2)
         ratio = next(row["config"]["conflict_ratio"] for (s, _), row in rows.items() if s == setting)
         ax.set(xticks=[], yticks=[len(picture) / 4, len(picture) * 3 / 4],
-               yticklabels=["aligned", "conflicting"] if ax in axes[:, 0] else ["", ""],
+               yticklabels=["aligned", "conflicting"] if ax is axes[0, 0] else ["", ""],
                title=f"conflict ratio {ratio}")
     return fig
 
