@@ -67,6 +67,11 @@ PAPER = ["paper", "paper-objects", "paper-faces"]
 SWEEPS = ["densities", "upweights", "widths", "dynamics", "audit", "audit-005", "audit-objects"]
 
 
+def fields_of(budget):
+    "What a stage must depend on in params.yaml, but for the lists of settings and methods: another method leaves the rows as they are."
+    return {f"budgets.{budget}.{field}" for field in {*read_params(ROOT / "params.yaml")["budgets"][budget]} - {"settings", "methods"}}
+
+
 def rooms_of(budget):
     "The modules that a budget's rows depend on: those that its methods name, and all that these import."
     params = read_params(ROOT / "params.yaml")
@@ -87,6 +92,7 @@ def test_the_search_and_the_ranking_depend_on_all_that_methods_name():
     assert searched == rooms | {"rest_nb/search.py"} and made == rooms | {"rest_nb/notebooks.py"}
     assert "runs/search/${item.setting}-${item.method}.json" in stages["rows"]["deps"]
     assert stages["search"]["matrix"] == stages["rows"]["matrix"] and "grids.${item.method}" in stages["search"]["params"]
+    assert fields_of("search") <= {*stages["search"]["params"]}
 
 
 @pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces", "rivals", *SWEEPS, *PAPER])
@@ -94,9 +100,12 @@ def test_stages_are_the_rows_of_params(budget):
     stage = rows_stage(budget)
     assert stage["matrix"] == {kind: f"${{budgets.{budget}.{kind}s}}" for kind in ("setting", "method")}
     assert f"row {budget} " in stage["cmd"]
-    named_alone = {f"budgets.{budget}.{field}" for field in {*read_params(ROOT / "params.yaml")["budgets"][budget]} - {"settings", "methods"}}
-    assert f"budgets.{budget}" in stage["params"] or named_alone <= {*stage["params"]}  # then another method leaves the rows as they are
+    assert f"budgets.{budget}" in stage["params"] or fields_of(budget) <= {*stage["params"]}
     assert [out for out in stage["outs"] if f"runs/{budget}/rows/${{item.setting}}-${{item.method}}.json" in out]
+
+
+@pytest.mark.parametrize("stage, budget", [("looks", "cpu"), ("places", "places")])
+def test_networks_trained_again_depend_on_all_fields_of_their_budget(stage, budget): assert fields_of(budget) <= {*stages()[stage]["params"]}
 
 
 def test_looks_depend_on_what_they_use_and_no_others():
