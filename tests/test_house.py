@@ -104,8 +104,8 @@ def test_stages_are_the_rows_of_params(budget):
     assert [out for out in stage["outs"] if f"runs/{budget}/rows/${{item.setting}}-${{item.method}}.json" in out]
 
 
-@pytest.mark.parametrize("stage, budget", [("looks", "cpu"), ("places", "places")])
-def test_networks_trained_again_depend_on_all_fields_of_their_budget(stage, budget): assert fields_of(budget) <= {*stages()[stage]["params"]}
+def test_networks_trained_again_depend_on_all_fields_of_their_budget():
+    assert "budgets.looks" in stages()["looks"]["params"] and fields_of("places") <= {*stages()["places"]["params"]}
 
 
 def test_looks_depend_on_what_they_use_and_no_others():
