@@ -44,7 +44,7 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Bring the stored long studies, their pages and the README's table up to date (about five hours; JOBS=4: four rows at once)
+study: install ## Bring the stored long studies, their pages and the README's table up to date (about five and a half hours; JOBS=4: four rows at once)
 	$(if $(JOBS),dvc repro sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu densities dynamics upweights widths audit audit-005 objects $(if $(REST_NB_FACES),faces))
 	dvc repro cpu objects sweeps@densities sweeps@dynamics sweeps@upweights sweeps@widths sweeps@audit sweeps@audit-005
 	dvc repro looks places
@@ -52,7 +52,7 @@ study: install ## Bring the stored long studies, their pages and the README's ta
 	for budget in cpu objects densities dynamics upweights widths audit; do $(RUN) page $$budget || exit; done
 	$(RUN) rerun nbs/28_cost.ipynb nbs/29_looks.ipynb nbs/2b_claims.ipynb
 
-rivals: install ## Search settings for the 33 methods of the ranking, train all, execute their page (about two and a half hours)
+rivals: install ## Search settings for the 35 methods of the ranking, train all, execute their page (about three hours)
 	$(if $(JOBS),dvc repro sets && $(RUN) train $(JOBS) rivals)
 	dvc repro runs/rivals/dvc.yaml:rivals
 	$(RUN) page rivals
