@@ -49,7 +49,9 @@ def part(text):
             raise ValueError(f"rest_nb.{module} has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         found.append(getattr(room, name))
     if len(found) == 1: it, = found
-    else: it = type(" + ".join(kind.__name__ for kind in found), tuple(found), {})
+    else:
+        try: it = type(" + ".join(kind.__name__ for kind in found), tuple(found), {})
+        except TypeError as error: raise ValueError(f"{match[1]} is no class: {error}") from None
     try:
         call = ast.parse(f"f({match[2] or ''})", mode="eval").body
         options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}

@@ -51,9 +51,12 @@ def parameters(model):
     """How many parameters there are, and how many are left: (all, kept).
 
     Kept are the conv and linear weights that are not zero, and all biases and batch-norm parameters,
-    which masks never cover.
+    which masks never cover. A model stored sparse counts as the one that it stands for.
     """
-    every = sum(p.numel() for p in model.parameters())
+    every, stored = sum(p.numel() for p in model.parameters()), [m for m in model.modules() if hasattr(m, "exchange")]
+    if stored:
+        absent = sum(layer.shape.numel() - len(layer.values) for layer in stored)
+        return every + absent, every - sum(int((layer.values == 0).sum()) for layer in stored)
     return every, every - sum(w.numel() - int(w.count_nonzero()) for w in maskable(model).values())
 
 

@@ -154,10 +154,11 @@ def trained_and_masked(run, batches, steps, penalty, lr, contrast=None):
 
 class Contrasted(nn.Module):
     """A loss, `loss(logits, y, index)`: mean cross-entropy, and `contrast(features, y, index)` of what came into the last linear
-    layer of `model` when it made these `logits`, stored dense or sparse.
+    layer of `model` when it made these `logits`, stored dense or sparse. Raises `ValueError` where it has none.
     """
     def __init__(self, model, contrast):
         super().__init__()
+        if last_linear(model) is None: raise ValueError(f"{type(model).__name__} has no linear layer to contrast what comes into it")
         self.contrast, self.features = contrast, None
         model.register_forward_pre_hook(self.watch)
 

@@ -142,7 +142,7 @@ class Run:
 
     def begin(self, keep=False):
         "The training of the model, as `prepare` has it: a `Fit` that has not begun. `keep`: see there."
-        return Fit(Steps(**self.prepare()), max((hook.select_from for hook in self.hooks), default=0), keep)
+        return Fit(Steps(**self.prepare()), keep=keep)
 
     def spent(self):
         """What training took: mask `updates`; steps that needed a `dense_gradient`; images `trained` and `asked` besides;

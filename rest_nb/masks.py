@@ -100,7 +100,7 @@ class Masked:
     def gradient(self):
         "The gradient to the dense weight."
         if self.values.grad is None:
-            raise ValueError("a weight has no gradient: call before_step() after backward()")
+            raise ValueError("a weight has no gradient: call before_step() after backward(), and freeze what the loss does not reach")
         return self.values.grad
 
     def hide(self, tensor):
@@ -123,9 +123,10 @@ class StaticSparse:
     `density`: left out for a model that is stored sparse (`sparse.sparsify`) and so has one already.
     `distribution`: how density is shared among layers (`erk`, `uniform`).
     `masks`: the first masks, {name: bool tensor} for all of `maskable(model)`, instead of a density.
-    `optimizer`: any of torch's with per-weight state.
-    Raises `ValueError` as `first_masks` does, and where more than one of model, `density` and `masks`
-    says how sparse to be.
+    `optimizer`: any of torch's whose state per weight is of the weight's shape; it holds all weights that train (None: there is none).
+    To go on later, put model, optimizer and this aside as one object: `torch.save((model, optimizer, sparse), path)`.
+    Raises `ValueError` as `first_masks` does, where more than one of model, `density` and `masks` says how sparse
+    to be, and, naming it, for a weight that is computed (weight_norm) or that the optimizer does not hold.
     """
     schedule = ()  # which of a run's delta_t, t_end and drop_fraction it takes
     select_from = 0  # the step from which on the model is as sparse as it shall be
@@ -142,6 +143,12 @@ class StaticSparse:
             weights = maskable(model)
             masks = first_masks(weights, density, distribution, seed, masks)
             self.layers = {name: Masked(w, masks[name]) for name, w in weights.items()}
+        held = {id(p) for group in (optimizer.param_groups if optimizer else ()) for p in group["params"]}
+        for name, layer in self.layers.items():
+            if not isinstance(layer.values, nn.Parameter):
+                raise ValueError(f"{name} is computed (weight_norm, a parametrization, prune): make it a parameter first")
+            if optimizer and layer.values.requires_grad and id(layer.values) not in held:
+                raise ValueError(f"the optimizer does not hold {name}: make it after sparsify, of model.parameters()")
         self.counts = {name: int(mask.sum()) for name, mask in self.masks.items()}
         self.after_step()
 
@@ -176,8 +183,9 @@ class StaticSparse:
 
 # %% ../nbs/03_masks.ipynb #087d2e70
 def largest(scores, k):
-    "True at the `k` largest of `scores`, a bool tensor of their shape; ties go to the lowest index."
+    "True at the `k` largest of `scores`, a bool tensor of their shape; ties go to the lowest index. NaN is the least number."
     if not k: return torch.zeros_like(scores, dtype=torch.bool)
+    if scores.is_floating_point(): scores = torch.where(scores.isnan(), torch.finfo(scores.dtype).min, scores)  # an overflow's
     least = scores.flatten().topk(k, sorted=False).values.min()
     chosen = (scores > least).flatten()
     chosen[(scores == least).flatten().nonzero().flatten()[:k - int(chosen.sum())]] = True
@@ -202,12 +210,15 @@ class SET(StaticSparse):
 
     Dropped: the smallest magnitudes; grown: random positions.
     The share exchanged goes from `drop_fraction` to 0 along a half cosine.
+    Raises `ValueError` for a `delta_t` that is no whole number of steps, a `t_end` that is no number of them, and a
+    share out of [0, 1].
     """
     schedule = ("delta_t", "t_end", "drop_fraction")
 
     def __init__(self, model, optimizer, density=None, *, delta_t, t_end, drop_fraction=0.5, **kwargs):
-        if not delta_t >= 1: raise ValueError(f"delta_t is {delta_t}; expected at least 1 step")
-        if not t_end >= 0: raise ValueError(f"t_end is {t_end}; expected 0 or more steps")
+        if not (delta_t >= 1 and delta_t % 1 == 0):
+            raise ValueError(f"delta_t is {delta_t}; expected a whole number of steps, at least 1")
+        if not (t_end == 0 or t_end >= 1): raise ValueError(f"t_end is {t_end}; expected steps, not a share of them; 0: no update")
         if not 0 <= drop_fraction <= 1:
             raise ValueError(f"drop_fraction is {drop_fraction}; expected a share in [0, 1]")
         self.delta_t, self.t_end, self.drop_fraction, self.step = delta_t, t_end, drop_fraction, 0

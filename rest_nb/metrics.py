@@ -14,7 +14,8 @@ from scipy import stats
 def group_accuracy(predicted, y, a):
     """Accuracies by group, as {name: value} and {name_n: number of samples} (for worst_cell: of that cell).
 
-    `predicted`, `y`, `a`: int tensors of one length N.
+    `predicted`, `y`, `a`: int tensors of one length N. A sample is aligned where `a` equals `y`: codes must say so
+    (`own_data.from_arrays` numbers attributes by the class that they go with).
     A group without a sample has accuracy NaN, and is never the worst.
     Raises `ValueError` for lengths that differ, and where `a` is not known.
     """

@@ -220,7 +220,7 @@ def from_folder(folder, csv="labels.csv", *, size=None, aligned=None):
 def from_dataset(dataset, a=None, *, aligned=None):
     """A data set of (image, target) as a `NamedDataset`, with bias attributes `a` as in `from_arrays`.
 
-    Images: PIL, or uint8 arrays or tensors, of one size. Raises `ValueError`, naming the index, for others.
+    Images: PIL, or uint8 arrays or tensors. Raises `ValueError` for others, and, naming the first, where sizes differ.
     """
     images, y = [], []
     for index in tqdm(range(len(dataset)), "reading", delay=5, unit="image", file=sys.stderr):

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['top_of_all', 'top_of_each', 'magnitude_scores', 'slopes', 'snip_scores', 'grasp_scores', 'GMP', 'Momentum', 'ITOP',
-           'DropBySensitivity', 'DropAtRandom', 'drawn', 'magnitude', 'snip', 'grasp', 'rewound']
+           'Drop', 'DropBySensitivity', 'DropAtRandom', 'drawn', 'magnitude', 'snip', 'grasp', 'rewound']
 
 # %% ../nbs/03_pruning.ipynb #d50b9dd2
 import torch
@@ -88,7 +88,7 @@ class GMP(SET):
     def __init__(self, model, optimizer, density=None, *, delta_t, t_end, distribution=erk, seed=0,
                  masks=None):
         if masks is not None or any(hasattr(layer, "exchange") for layer in model.modules()):
-            raise ValueError("GMP starts dense: leave first masks out, and set storage to masked")
+            raise ValueError("GMP starts dense: leave first masks out, and the model unsparsified (in params.yaml, storage: masked)")
         self.final = keep_counts(maskable(model), density, distribution)
         super().__init__(model, optimizer, 1, delta_t=delta_t, t_end=t_end, drop_fraction=0, seed=seed)
         self.last = max((step for step in range(1, int(t_end) + 1) if self.is_due(step)), default=0)
@@ -166,8 +166,16 @@ class ITOP(SET):
         return int(ever.sum()) / len(ever)
 
 # %% ../nbs/03_pruning.ipynb #2563d1b0
-class DropBySensitivity:
-    "Mixed into `SET` and its kin: drop where |w · ∂L/∂w|, SNIP's score, is smallest on this mini-batch."
+class Drop:
+    "A way to drop, mixed into `SET` and its kin; it stands before them among the bases of a class, else a `TypeError` says so."
+    def __init_subclass__(cls):
+        mixed = [kind for kind in cls.__mro__ if Drop in kind.__bases__]
+        if len(mixed) > 1: raise TypeError(f"{' and '.join(kind.__name__ for kind in mixed)}: only one of them can say what is dropped")
+        if cls.drop_scores is not mixed[0].drop_scores: raise TypeError(f"{mixed[0].__name__} must come first: before what it is mixed into")
+
+
+class DropBySensitivity(Drop):
+    "Drop where |w · ∂L/∂w|, SNIP's score, is smallest on this mini-batch."
     def drop_scores(self, layer):
         "The sensitivity of the weights that are there."
         if layer.values.grad is None: raise ValueError("no gradient: call before_step() after backward()")
@@ -175,8 +183,8 @@ class DropBySensitivity:
         return scores if scores.shape == layer.mask.shape else layer.dense(scores)  # stored: non-zeros only
 
 
-class DropAtRandom:
-    "Mixed into `SET` and its kin: drop anywhere."
+class DropAtRandom(Drop):
+    "Drop anywhere."
     drop_scores = SET.grow_scores  # random
 
 # %% ../nbs/03_pruning.ipynb #8869f31d

@@ -22,10 +22,15 @@ def sample_weights(is_conflicting, upweight):
 
 # %% ../nbs/06_reweighting.ipynb #eb0304ea
 class Drawn:
-    "An iterator that calls `draw()` so many `times`; `number` says how often it has. It can be pickled if `draw` can."
+    """An iterator that calls `draw()` so many `times`; `number` says how often it has. It can be pickled if `draw` can.
+
+    It is of one use: who begins to iterate when all is drawn (a `DataLoader`, at its second epoch) gets a `ValueError`.
+    """
     def __init__(self, draw, times): self.draw, self.times, self.number = draw, times, 0
 
-    def __iter__(self): return self
+    def __iter__(self):
+        if self.number == self.times > 0: raise ValueError(f"all {self.times} batches have been drawn: make new ones, or more at once")
+        return self
 
     def __next__(self):
         if self.number == self.times: raise StopIteration
@@ -35,7 +40,7 @@ class Drawn:
 # %% ../nbs/06_reweighting.ipynb #18c96679
 def shuffled_batches(n, batch_size, steps, generator):
     """`steps` batches of indices below `n`, as `Drawn`:
-    each index once an epoch, in random order, without short batches.
+    each index at most once an epoch, in random order; what does not fill a batch is left out.
 
     Raises `ValueError` where a batch is larger than an epoch.
     """

@@ -29,7 +29,7 @@ def toy(n, conflict_ratio, generator):
 
 # %% ../nbs/06_rules.ipynb #74cc6233
 def cells(y, a):
-    """The cell (y, a) of each sample, as the number y × values of a + a (int64, N).
+    """The cell (y, a) of each sample, as the number y × values of a + a (int64, N); codes of `a` that no sample has are left out.
 
     `y`, `a`: int64, N, counted from 0; as `a` also a bool tensor, such as `is_conflicting`.
     Raises `ValueError` where `a` is not known or not as long as `y`, and names the cells that have no sample.
@@ -37,10 +37,10 @@ def cells(y, a):
     if a is None: raise ValueError("a is None; expected the bias attribute of each sample")
     if not len(y) == len(a) > 0:
         raise ValueError(f"{len(y)} targets, {len(a)} attributes; expected as many of each, and at least one")
-    values = int(a.max()) + 1
-    groups = y * values + a.long()
-    counts = groups.bincount(minlength=(int(y.max()) + 1) * values)
-    empty = [divmod(cell, values) for cell in (counts == 0).nonzero().flatten().tolist()]
+    codes, a = a.long().unique(return_inverse=True)  # own_data leaves one out for a class that no value goes with
+    groups = y * len(codes) + a
+    counts = groups.bincount(minlength=(int(y.max()) + 1) * len(codes))
+    empty = [(cell // len(codes), int(codes[cell % len(codes)])) for cell in (counts == 0).nonzero().flatten().tolist()]
     if empty:
         named = ", ".join(map(str, empty[:6])) + ", …" * (len(empty) > 6)
         raise ValueError(f"{len(empty)} of {len(counts)} cells (y, a) have no sample: {named}; "
@@ -185,7 +185,7 @@ class LfF(Difficulty):
     Nam et al. (2020), Algorithm 1. `y`: all training targets (int64, N). `answer(twin, index)`: the twin's
     logits. `optimizer`: the twin's; `hooks`: around its step, for a sparse twin. `q`: see
     `generalised_cross_entropy`. `decay`: see `Difficulty`.
-    `trained`: on how many images the twin was, for `cost_multiple`. All that changes is in its `state_dict`.
+    `trained`: on how many images the twin was, for `cost_multiple`. All that changes, but for the `hooks`, is in its `state_dict`.
     Raises `ValueError` for a `q` or a `decay` out of range.
     """
     def __init__(self, y, answer, twin, optimizer, *, q=0.7, decay=0.7, hooks=()):
@@ -229,7 +229,7 @@ def subsampled(run):
     "Batches of as many samples of each cell (y, a) as the smallest has, of no others (SUBG)."
     kept = subsample(cells(run.train.y, run.train.a), run.generator)
     batches = shuffled_batches(len(kept), run.config.batch_size, run.config.steps, run.generator)
-    return dict(batches=Drawn(lambda: kept[next(batches)], run.config.steps))
+    return dict(batches=Drawn(lambda: kept[batches.draw()], run.config.steps))
 
 
 def group_dro(run, step_size=0.01, adjustment=0.):

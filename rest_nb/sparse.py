@@ -139,7 +139,7 @@ class Convolve(torch.autograd.Function):
         if share is None: share = 1 / (int(norm.num_batches_tracked) + 1)  # a plain average
         norm.running_mean.lerp_(means, share)
         norm.running_var.lerp_(variances * (n / (n - 1)), share)
-        norm.num_batches_tracked += 1
+        norm.num_batches_tracked.add_(1)
         ctx.save_for_backward(x, values, kept, weight, shift, means, variances, *[result] * (added is not None))
         return result
 
@@ -219,6 +219,8 @@ class SparseConv2d(nn.Module):
         super().__init__()
         for name, otherwise in dict(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1).items():
             setattr(self, name, getattr(layer, name, otherwise))
+        for name in ("in_channels", "out_channels", "kernel_size", "in_features", "out_features"):
+            if hasattr(layer, name): setattr(self, name, getattr(layer, name))
         self.shape, self.bias = layer.weight.shape, layer.bias
         self.register_buffer("positions", mask.flatten().nonzero().flatten().int())
         self.values = nn.Parameter(layer.weight.detach().flatten()[self.positions.long()], layer.weight.requires_grad)
@@ -301,7 +303,7 @@ class SparseConv2d(nn.Module):
 
     def gradient(self):
         "The gradient to the dense weight, from what `backward` left; `wanted` must have been set before `forward`."
-        if not self.caught: raise ValueError("a weight has no gradient: call before_step() after backward()")
+        if not self.caught: raise ValueError("a weight has no gradient: call before_step() after backward(), and freeze what the loss does not reach")
         total = sum(made() for made in self.caught)
         self.caught.clear()
         return total
@@ -467,7 +469,7 @@ def sparsify(model, density=None, *, distribution=erk, seed=0, masks=None):
 
 
 def densify(model):
-    "The ordinary modules again, in place, weights exact: what `sparsify` has replaced. Returns the model."
+    "The ordinary modules again, in place, weights exact: what `sparsify` has replaced. Returns the model; who trains on makes a new optimizer."
     new = {}
     for layer in model.modules():
         layer.__class__ = ORDINARY.get(type(layer), type(layer))

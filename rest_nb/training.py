@@ -23,7 +23,7 @@ PRECISIONS = ("fp32", "bf16")
 
 @functools.cache
 def has_bf16():
-    "Does this processor compute in bf16 as fast as it should? It does, torch says, where it has AVX-512."
+    "Does this processor have what torch computes bf16 with, AVX-512? (Others are taken to compute faster in fp32.)"
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
@@ -53,7 +53,7 @@ def train_step(model, optimizer, data, index, *, loss=cross_entropy, hooks=(), p
 
     `hooks` have `before_step()` and `after_step()`, called around the optimizer's step.
     `inputs`: see `logits_of`; `generator`: moves the images, if `inputs` does so.
-    Raises `FloatingPointError` where the loss is not finite, before any weight changes.
+    Raises `FloatingPointError` where the loss is not finite, before the model's weights change.
     """
     logits = logits_of(model, data.x, precision, inputs, index=index, generator=generator)
     value = loss(logits, data.y[index].to(logits.device), index)
@@ -70,6 +70,7 @@ class Steps:
     """Train on `batches` (an iterable of index tensors): an iterator of (number, loss), a step for each.
 
     `scheduler`: a torch learning-rate scheduler, stepped every step. `step`: what `train_step` takes besides.
+    A model in evaluation mode is put into training mode; parts of one that trains stay in theirs (a frozen batch-norm).
     Raises `FloatingPointError`, naming step and batch, where the loss is not finite.
     """
     def __init__(self, model, optimizer, train, batches, *, scheduler=None, **step):
@@ -81,7 +82,7 @@ class Steps:
     def __next__(self):
         index = next(self.batches)
         self.number += 1
-        self.model.train()
+        if not self.model.training: self.model.train()
         try: loss = train_step(self.model, self.optimizer, self.train, index, **self.step)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} at step {self.number}, on the batch of samples "
@@ -121,7 +122,8 @@ class Fit:
     `states`: {step: `state_dict`} of all evaluations, if they are kept.
     """
     def __init__(self, steps, select_from=0, keep=False):
-        self.steps, self.select_from, self.keep = steps, select_from, keep
+        self.steps, self.keep = steps, keep
+        self.select_from = max(select_from, *(getattr(hook, "select_from", 0) for hook in steps.step.get("hooks", ())), 0)
         self.history, self.losses, self.best, self.states = [], [], {}, {}
 
     def go_on(self, valid, eval_every, progress=iter, put_aside=lambda: None):
@@ -156,7 +158,9 @@ def fit(model, optimizer, train, valid, batches, *, eval_every, select_from=0, k
     """Train on `batches` (an iterable of index tensors) and select by validation accuracy, ties to the later step:
     once by that of the worst group, and once by that over all samples. Returns a `Fit`.
 
-    `select_from`: a step before which no state is selected. `keep`: also the states that are not selected.
+    `train`, `valid`: `data.BiasedDataset`s. `eval_every`: `valid` is asked after so many steps, again and again.
+    `select_from`: a step before which no state is selected; hooks may name a later one (GMP: where it is as sparse as it
+    shall be). `keep`: also the states that are not selected.
     `step`: what `Steps` takes besides.
     The model ends in its last state. Raises `FloatingPointError` as `Steps` does, and `ValueError` where there is
     nothing to select, or `valid` has no attributes to select by.

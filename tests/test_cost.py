@@ -307,4 +307,13 @@ def test_a_model_stored_sparse_costs_what_the_masked_one_does():
     from rest_nb.sparse import densify, sparsify
     model = sparsify(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2, groups=1), torch.nn.Flatten(), torch.nn.Linear(4 * 9, 5)), .3)
     stored = layer_costs(model, (3, 8, 8))
+    counted = parameters(model)
     assert stored.equals(layer_costs(densify(model), (3, 8, 8))) and stored.weights.tolist() == [108, 180]
+    assert counted == parameters(model) == (108 + 4 + 180 + 5, round(.3 * 288) + 9)
+
+
+def test_a_zero_that_is_stored_is_not_kept():
+    from rest_nb.sparse import sparsify
+    model = sparsify(torch.nn.Sequential(torch.nn.Linear(9, 4), torch.nn.ReLU(), torch.nn.Linear(4, 5)), .5)
+    with torch.no_grad(): model[0].values[:3] = 0
+    assert parameters(model) == (36 + 4 + 20 + 5, 28 - 3 + 9)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from rest_nb.configs import Config
 from rest_nb.data import BiasedDataset
 from rest_nb.debiasing import conflicting_contrast, dcwp, expected_density, harden, learn_mask, masked_call, mrm, relaxed
-from rest_nb.debiasing import straight_through
+from rest_nb.debiasing import Contrasted, straight_through
 from rest_nb.experiments import Run, run_seed
 from rest_nb.masks import maskable
 from rest_nb.models import cnn
@@ -529,3 +529,7 @@ def test_a_loss_that_is_no_number_is_named():
     with pytest.raises(FloatingPointError, match="the loss is nan at step 2"):
         calls = iter((1., math.nan))
         learn(batches=([0], [1]), loss=lambda logits, y, index: logits.sum() * next(calls))
+
+
+def test_a_network_without_a_last_layer_has_nothing_to_contrast():
+    with pytest.raises(ValueError, match="Sequential has no linear layer"): Contrasted(nn.Sequential(nn.Conv2d(3, 4, 3)), None)

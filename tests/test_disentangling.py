@@ -223,3 +223,9 @@ def test_erm_takes_the_shortcut_and_disent_does_not():
         right = (model.eval()(fresh_x).argmax(1) == fresh_y).double()
         return min(right[(fresh_y == t) & (fresh_a == v)].mean().item() for t in (0, 1) for v in (0, 1))
     assert worst_cell("erm") < .7 and worst_cell("disent") > .8
+
+
+def test_encoders_may_be_stored_sparse():
+    from rest_nb.sparse import sparsify
+    model = Disentangled(*(sparsify(NETWORKS["cnn"](3, 8), .3, seed=seed) for seed in range(2)))
+    assert model(torch.rand(4, 3, 28, 28)).shape == (4, 3) and model.features[0].shape == (4, model.bias_head.in_features // 2)

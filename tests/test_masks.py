@@ -13,10 +13,12 @@ from hypothesis import given, reject, settings, strategies as st
 from scipy.optimize import brentq
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from rest_nb.masks import SET, RigL, StaticSparse, drop_and_grow, erk, first_masks, keep_counts, largest, maskable, random_mask
 from rest_nb.masks import uniform
 from rest_nb.models import cnn
+from rest_nb.pruning import ITOP, Momentum
 from rest_nb.sparse import sparsify
 
 # Derandomised: what passed today passes tomorrow. No deadline: the machine may be busy.
@@ -303,6 +305,34 @@ def test_drop_and_grow_is_two_sorts(case):
     assert set(np.flatnonzero(survived)) == kept
     assert set(np.flatnonzero(new)) == kept | grown
     assert new.sum() == sum(mask)  # so none was picked that was active already
+
+
+def test_a_score_that_is_no_number_costs_no_weight():
+    "As many grow as are dropped, where there is a number first; both ways to store would lose weights otherwise."
+    mask, nan = torch.tensor([True, True, False, False, False]), math.nan
+    for scores, expected in (([0., 0, nan, 2, 1], [1, 3]), ([nan] * 5, [0, 1]), ([nan, nan, math.inf, nan, 1], [1, 2])):
+        new, kept = drop_and_grow(mask, torch.tensor([1., 2, 0, 0, 0]), torch.tensor(scores), 1)
+        assert new.nonzero().flatten().tolist() == expected and kept.nonzero().flatten().tolist() == [1]
+
+
+@methods
+def test_an_optimizer_of_other_weights_is_refused(kind):
+    "As one is that was made before the model was stored sparse: its weights would never train."
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    early = sgd(model)
+    with pytest.raises(ValueError, match=r"does not hold 0\.weight.*after sparsify"): kind(sparsify(model, .5), early, delta_t=1, t_end=9)
+    head = sgd(model[2])
+    with pytest.raises(ValueError, match=r"does not hold 0\.weight"): kind(model, head, delta_t=1, t_end=9)
+    model[0].values.requires_grad_(False)  # frozen: nobody need hold it
+    kind(model, head, delta_t=1, t_end=9)
+
+
+@methods
+@pytest.mark.parametrize("computed", [nn.utils.parametrizations.weight_norm, lambda layer: prune.random_unstructured(layer, "weight", .5)])
+def test_a_computed_weight_is_refused(kind, computed):
+    "A mask would be put on what is computed, and forgotten at the next call."
+    layer = computed(nn.Linear(9, 9))
+    with pytest.raises(ValueError, match="weight is computed"): kind(layer, sgd(layer), .5, delta_t=1, t_end=9)
 
 
 def test_the_mask_that_is_given_stays_as_it_is():
@@ -613,7 +643,9 @@ def test_a_training_run_goes_on_while_sparse():
     (dict(density=.001), "density is 0.001"), (dict(delta_t=0), "delta_t is 0"),
     (dict(delta_t=-3), "delta_t is -3"), (dict(delta_t=math.nan), "delta_t is nan"),
     (dict(drop_fraction=-.1), "drop_fraction is -0.1"), (dict(drop_fraction=1.1), "drop_fraction is 1.1"),
-    (dict(drop_fraction=math.nan), "drop_fraction is nan"),
+    (dict(drop_fraction=math.nan), "drop_fraction is nan"), (dict(delta_t=1.5), "delta_t is 1.5"), (dict(delta_t=math.inf), "delta_t is inf"),
+    (dict(t_end=.75), "t_end is 0.75; expected steps, not a share"), (dict(t_end=-1), "t_end is -1"),
+    (dict(t_end=math.nan), "t_end is nan"),
 ])
 @methods
 def test_a_wrong_knob_is_refused_by_value(kind, knobs, message):
@@ -708,6 +740,32 @@ def test_largest_is_a_sort(scores, data):
     top = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
     for kind in (torch.float32, torch.int64):
         assert largest(torch.tensor(scores, dtype=kind), k).nonzero().flatten().tolist() == sorted(top)
+
+
+@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize("kind", [SET, RigL, ITOP, Momentum])
+def test_what_was_put_aside_goes_on_as_if_nothing_had_been(kind, store, tmp_path):
+    "Model, optimizer and masks in one file: the next six steps are the same to the bit, updates among them."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 3))
+    if store: sparsify(model, .3)
+    optimizer = sgd(model)
+    method = kind(model, optimizer, None if store else .3, delta_t=2, t_end=20)
+
+    def go_on(model, optimizer, method, first):
+        for step in range(first, first + 6):
+            x = torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), torch.arange(5) % 3).backward()
+            method.before_step(); optimizer.step(); method.after_step()
+        return [value.clone() for value in model.state_dict().values()], {name: mask.clone() for name, mask in method.masks.items()}
+
+    go_on(model, optimizer, method, 0)
+    torch.save((model, optimizer, method), tmp_path / "aside.pt")
+    values, masks = go_on(model, optimizer, method, 6)
+    again, masks_again = go_on(*torch.load(tmp_path / "aside.pt", weights_only=False), 6)
+    assert all(map(torch.equal, values, again)) and all(torch.equal(masks[name], masks_again[name]) for name in masks)
+    assert method.updates == 6
 
 
 def test_growth_does_not_repeat_the_numbers_of_the_first_masks():

@@ -252,7 +252,7 @@ def test_an_update_at_t_end_itself_does_not_count():
 
 
 @pytest.mark.parametrize("knobs, message", [
-    (dict(delta_t=9), "delta_t is 9.*t_end, 9"), (dict(delta_t=0), "delta_t is 0"), (dict(t_end=-1), "t_end is -1"),
+    (dict(delta_t=9), "delta_t is 9.*t_end, 9"), (dict(t_end=0), "delta_t is 2.*t_end, 0"), (dict(delta_t=0), "delta_t is 0"), (dict(t_end=-1), "t_end is -1"),
     (dict(density=2), "density is 2"), (dict(density=None), "density is None"), (dict(masks={}), "dense.*masks")])
 def test_gmp_refuses(knobs, message):
     layer = nn.Linear(4, 4, bias=False)
@@ -263,7 +263,7 @@ def test_gmp_refuses(knobs, message):
 
 def test_gmp_refuses_a_model_that_is_stored_sparse():
     model = sparsify(cnn(num_classes=2, width=4), .3)
-    with pytest.raises(ValueError, match="storage to masked"): GMP(model, sgd(model), delta_t=2, t_end=9)
+    with pytest.raises(ValueError, match="unsparsified.*storage: masked"): GMP(model, sgd(model), delta_t=2, t_end=9)
 
 
 # ------------------------------------------------------------------------------------ momentum growth
@@ -580,5 +580,13 @@ def test_a_whole_run(roles):
     assert spent["average_flops"] == spent["flops"] or "GMP" in config.sparsity and spent["average_flops"] > spent["flops"]
 
 
+def test_a_way_to_drop_must_come_first():
+    "Behind SET it would be RigL under another name."
+    for bases, message in (((RigL, DropAtRandom), "DropAtRandom must come first"), ((DropBySensitivity, DropAtRandom, SET), "only one of them")):
+        with pytest.raises(TypeError, match=message): type("Mixed", bases, {})
+    with pytest.raises(ValueError, match="RigL \\+ pruning.DropAtRandom is no class: DropAtRandom must come first"):
+        part("masks.RigL + pruning.DropAtRandom")
+
+
 def test_gmp_is_refused_on_compact_storage_before_it_trains():
-    with pytest.raises(ValueError, match="storage to masked"): Run(changed(sparsity="pruning.GMP"), 1, split("train")).prepare()
+    with pytest.raises(ValueError, match="storage: masked"): Run(changed(sparsity="pruning.GMP"), 1, split("train")).prepare()

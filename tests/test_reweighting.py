@@ -117,6 +117,15 @@ def test_each_index_once_an_epoch(n, batch_size, steps, seed):
         if len(epoch) == n: assert sorted(epoch) == list(range(n))
 
 
+def test_who_comes_back_for_more_is_told():
+    "A data loader begins anew at each epoch, and would find nothing, epoch after epoch."
+    batches = weighted_batches(torch.ones(9), 3, 2, torch.Generator().manual_seed(0))
+    loader = torch.utils.data.DataLoader(range(9), batch_sampler=batches)
+    assert [len(batch) for batch in loader] == [3, 3]
+    with pytest.raises(ValueError, match="all 2 batches have been drawn"): next(iter(loader))
+    assert list(shuffled_batches(9, 3, 0, torch.Generator())) == []  # who asks for none gets none
+
+
 def test_every_epoch_has_an_order_of_its_own():
     epochs = [tuple(batch.tolist()) for batch in shuffled_batches(20, 20, 5, seeded(0))]
     assert len({*epochs, tuple(range(20))}) == 6  # and none is the order of the set; by chance: one in 20!

@@ -50,7 +50,7 @@ def grouped(draw):
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=30))
 def test_cells_number_the_pairs_or_name_those_that_are_missing(pairs):
     y, a = map(torch.tensor, zip(*pairs))
-    there, all_there = set(pairs), {(t, v) for t in range(max(y) + 1) for v in range(max(a) + 1)}
+    there, all_there = set(pairs), {(t, v) for t in range(max(y) + 1) for v in {v for _, v in pairs}}  # a code that nobody has is none
     if there == all_there:
         numbers = cells(y, a).tolist()
         assert sorted(all_there) == [pair for _, pair in sorted(set(zip(numbers, pairs)))]  # one number, one pair
@@ -553,6 +553,16 @@ def test_subsampled_batches_on_the_harness():
     assert len(drawn) == 120
     kept = drawn.unique()
     assert cells(run.train.y, run.train.a)[kept].bincount().tolist() == [int(counts.min())] * 9
+    run, setup = run_of(reweighting="rules.subsampled", sparsity="masks.StaticSparse", initial="pruning.snip(batches=2)", density=.5)
+    assert len(list(setup["batches"])) == 6  # as many, though SNIP has looked at two more
+
+
+def test_an_attribute_code_that_nobody_has_is_no_cell():
+    "Ten classes of two genders: eight codes are left out, for the classes that no gender goes with."
+    y, a = torch.arange(10).repeat(4), torch.tensor([0, 4]).repeat_interleave(20)
+    assert cells(y, a).tolist() == [2 * t + int(v > 0) for t, v in zip(y.tolist(), a.tolist())]
+    there = ~((y == 9) & (a == 4))
+    with pytest.raises(ValueError, match=r"^1 of 20 cells.*: \(9, 4\);"): cells(y[there], a[there])
 
 
 def test_losses_on_the_harness():

@@ -791,3 +791,12 @@ def test_cuda_computes_the_same():
     assert is_close(out2.cpu(), out, 1e-3)
     out.square().sum().backward(), out2.square().sum().backward()
     for a, b in zip(here.parameters(), there.parameters()): assert is_close(b.grad.cpu(), a.grad, 1e-2)
+
+
+def test_a_sparse_layer_says_its_sizes_as_the_ordinary_one_does():
+    "Code that builds on a model asks its layers: `model.fc.in_features`."
+    conv, linear = nn.Conv2d(6, 8, (3, 5), groups=2), nn.Linear(7, 3)
+    ours = sparsify(nn.Sequential(copy.deepcopy(conv), copy.deepcopy(linear)), .5)
+    for name in ("in_channels", "out_channels", "kernel_size", "groups"): assert getattr(ours[0], name) == getattr(conv, name)
+    for name in ("in_features", "out_features"): assert getattr(ours[1], name) == getattr(linear, name)
+    assert not hasattr(ours[1], "in_channels") and not hasattr(ours[0], "in_features")

@@ -209,6 +209,35 @@ def test_nothing_is_selected_or_kept_before_select_from():
     with pytest.raises(ValueError, match="from step 5 on"): fit_scripted([answers(96, 4), answers(48, 1)], select_from=5)
 
 
+def test_nothing_is_selected_before_a_hook_says_so():
+    "GMP is dense at first; its earlier states are none to select, in whose loop ever."
+    class Hook:
+        select_from = 4
+        def before_step(self): pass
+        def after_step(self): pass
+
+    class Plain(Hook): select_from = 0
+    script = [answers(96, 4), answers(48, 1), answers(24, 1)]
+    assert fit_scripted(script, hooks=[Plain(), Hook()])[0].best["worst_group"][0] == 6
+    assert fit_scripted(script, hooks=[Plain()])[0].best["worst_group"][0] == 2
+    assert fit_scripted(script[:2], hooks=[Hook()])[0].best["unbiased"][0] == 4
+    assert fit_scripted(script, hooks=[Hook()], select_from=6)[0].best["unbiased"][0] == 6
+
+
+def test_a_frozen_part_stays_frozen_and_a_resting_model_trains():
+    model = small()
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    norm.eval()
+    before, others = norm.running_mean.clone(), [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m is not norm]
+    moved = [other.running_mean.clone() for other in others]
+    fit(model, sgd(model), TRAIN, VALID, some_batches(4), eval_every=2)
+    assert torch.equal(norm.running_mean, before) and not norm.training
+    assert not any(torch.equal(other.running_mean, old) for other, old in zip(others, moved))
+    model.eval()
+    fit(model, sgd(model), TRAIN, VALID, some_batches(2), eval_every=2)
+    assert not torch.equal(norm.running_mean, before) and all(module.training for module in model.modules())
+
+
 def test_the_average_does_not_select_for_the_worst_group():
     fitted, *_ = fit_scripted([answers(96, 2), answers(72, 3), answers(96, 2)])
     assert [h["unbiased"] for h in fitted.history] == [.98, .75, .98] and fitted.best["worst_group"][0] == 4
