@@ -159,8 +159,8 @@ def fit(model, optimizer, train, valid, batches, *, eval_every, select_from=0, k
     once by that of the worst group, and once by that over all samples. Returns a `Fit`.
 
     `train`, `valid`: `data.BiasedDataset`s. `eval_every`: `valid` is asked after so many steps, again and again.
-    `select_from`: a step before which no state is selected; hooks may name a later one (GMP: where it is as sparse as it
-    shall be). `keep`: also the states that are not selected.
+    `select_from`: a step before which no state is selected; hooks may name a later one, by an attribute of that name.
+    `keep`: also the states that are not selected.
     `step`: what `Steps` takes besides.
     The model ends in its last state. Raises `FloatingPointError` as `Steps` does, and `ValueError` where there is
     nothing to select, or `valid` has no attributes to select by.
