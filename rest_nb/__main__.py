@@ -114,9 +114,10 @@ def seconds(root, budget):
 
 
 def speed(root):
-    "Time networks, and the making of batches, against one another: runs/speed."
+    "Time networks, and the making of batches, against one another: runs/speed/avx512 or avx2, by what the processor has."
+    from rest_nb.speed import folder
     for source, name in (("13_speed", "speed"), ("14_assembly", "assembly")):
-        execute(root / "nbs" / f"{source}.ipynb", root / "runs" / "speed" / f"{name}.ipynb", progress=True)
+        execute(root / "nbs" / f"{source}.ipynb", folder(root) / f"{name}.ipynb", progress=True)
 
 
 def looks(root):

@@ -230,9 +230,12 @@ def with_table(text, markdown):
     return f"{before}{MARKS[0]}\n{markdown}\n{MARKS[1]}{after}"
 
 # %% ../nbs/0c_results.ipynb #84cc47c3
-def load_speed(root):
-    "What the speed experiment stored: machine, limits, networks, layers, growth, epoch."
-    path = Path(root) / "runs" / "speed" / "speed.json"
+def load_speed(root, instructions="avx512"):
+    """What the speed experiment stored: machine, limits, networks, layers, growth, epoch.
+
+    `instructions`: avx512 or avx2, the vector instructions of the processor that was measured (`speed.folder`).
+    """
+    path = Path(root) / "runs" / "speed" / instructions / "speed.json"
     result = read_json(path)
     if result is None: raise FileNotFoundError(f"{path} is missing: `make speed` makes it")
     return result
@@ -262,15 +265,16 @@ def speed_figure(result):
     return fig
 
 
-def bar_table(result, asked):
-    """Beside each ratio asked for, what was measured: a line for each (network, density, rival).
+def bar_table(measured, asked):
+    """Beside each ratio asked for, what was measured on each machine: a line for each (network, density, rival); ✓: reached.
 
-    `asked`: {(network, density): {rival: ratio}}.
+    `measured`: {name of the machine: what `load_speed` gave}. `asked`: {(network, density): {rival: ratio}}.
     """
-    return pd.DataFrame([dict(network=network, density=density, rival=rival, asked=f"{ratio}×",
-                              measured=f"{found:.1f}×", reached="yes" if found >= ratio else "no")
-                         for (network, density), ratios in asked.items() for rival, ratio in ratios.items()
-                         for found in [speed_ratios(result["networks"][network]).loc[density, rival]]])
+    ratios = {name: {network: speed_ratios(part) for network, part in result["networks"].items()} for name, result in measured.items()}
+    return pd.DataFrame([dict(network=network, density=density, rival=rival, asked=f"{ratio}×")
+                         | {name: f"{found:.1f}×{' ✓' if found >= ratio else ''}" for name in measured
+                            for found in [ratios[name][network].loc[density, rival]]}
+                         for (network, density), rivals in asked.items() for rival, ratio in rivals.items()])
 
 
 def layers_table(lines):
@@ -301,11 +305,12 @@ def choices_table(lines):
     return t.pivot(index="density", columns=["channels", "training", "batch"], values="ratio")
 
 # %% ../nbs/0c_results.ipynb #dd854461
-def assembly_table(root):
+def assembly_table(root, instructions="avx512"):
     """Milliseconds of assembling a batch, a line for each way, a column for each size (pixels a side);
     and how many times as long as `channels_last` it takes.
     """
-    stored = read_json(Path(root) / "runs" / "speed" / "assembly.json")
-    if stored is None: raise FileNotFoundError(f"{root}/runs/speed/assembly.json is missing: `make speed` makes it")
+    path = Path(root) / "runs" / "speed" / instructions / "assembly.json"
+    stored = read_json(path)
+    if stored is None: raise FileNotFoundError(f"{path} is missing: `make speed` makes it")
     ms = 1000 * pd.DataFrame(stored["seconds"])
     return pd.concat({"ms": ms.round(2), "times": (ms / ms.loc["channels_last"]).round(1)}, axis=1)

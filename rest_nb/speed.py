@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['DENSITIES', 'RIVALS', 'NETWORKS', 'SHAPES', 'contestant', 'inputs', 'noise', 'training_step', 'inference',
            'state_bytes', 'peak_bytes', 'limits', 'layer_times', 'profile', 'choices', 'epoch_seconds', 'measure',
-           'growth']
+           'folder', 'growth']
 
 # %% ../nbs/0e_speed.ipynb #9a6b0fe3
 import functools
@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -202,6 +203,13 @@ def measure(network, densities=DENSITIES, rounds=20, batch=256):
         seconds[name] = {str(kind): value for kind, value in taken.items()}
     return dict(batch=batch, rounds=rounds, **seconds, state={str(kind): state_bytes(network, kind) for kind in kinds},
                 peak={str(kind): peak_bytes(network, kind, batch) for kind in (*RIVALS, .005)})
+
+
+def folder(root):
+    """Where this machine's measurements lie, by its vector instructions: `root`/runs/speed/avx512, avx2 or what else PyTorch names.
+    What is slow and what is fast differs more between these than between machines of one kind.
+    """
+    return Path(root) / "runs" / "speed" / torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
 
 
 def growth(density=.01, rounds=9):

@@ -95,9 +95,11 @@ def test_choices_ask_both_ways(monkeypatch):
 
 def test_bar():
     made_up = dict(networks=dict(CNN=dict(training={"dense fp32": 2., "dense bf16": 1., "masked": 3., "0.01": .5})))
-    table = results.bar_table(made_up, {("CNN", "0.01"): {"dense fp32": 4, "dense bf16": 3}})
-    assert table.reached.tolist() == ["yes", "no"] and table.measured.tolist() == ["4.0×", "2.0×"]
-    with pytest.raises(FileNotFoundError, match="make speed"): results.load_speed("/nowhere")
+    slower = dict(networks=dict(CNN=dict(training={"dense fp32": 2., "dense bf16": 2., "masked": 2., "0.01": .6})))
+    table = results.bar_table(dict(here=made_up, there=slower), {("CNN", "0.01"): {"dense fp32": 4, "dense bf16": 3}})
+    assert table.asked.tolist() == ["4×", "3×"]
+    assert table.here.tolist() == ["4.0× ✓", "2.0×"] and table.there.tolist() == ["3.3×", "3.3× ✓"]
+    with pytest.raises(FileNotFoundError, match="make speed"): results.load_speed("/nowhere", "avx2")
 
 
 def once(runs, rounds=None):
@@ -132,8 +134,8 @@ def test_an_epoch_sees_every_image_once(monkeypatch):
 
 
 def test_assembly_table_by_hand(tmp_path):
-    (tmp_path / "runs" / "speed").mkdir(parents=True)
+    (tmp_path / "runs" / "speed" / "avx512").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="make speed"): results.assembly_table(tmp_path)
-    (tmp_path / "runs" / "speed" / "assembly.json").write_text('{"seconds": {"32": {"channels_last": 0.002, "torchvision, 0 workers": 0.05}}}')
+    (tmp_path / "runs" / "speed" / "avx512" / "assembly.json").write_text('{"seconds": {"32": {"channels_last": 0.002, "torchvision, 0 workers": 0.05}}}')
     table = results.assembly_table(tmp_path)
     assert table["ms", "32"].tolist() == [2, 50] and table["times", "32"].tolist() == [1, 25]
