@@ -44,9 +44,9 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Bring the stored long studies, their pages and the README's table up to date (about five and a half hours; JOBS=4: four rows at once)
-	$(if $(JOBS),dvc repro sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu densities dynamics upweights widths audit audit-005 objects $(if $(REST_NB_FACES),faces))
-	dvc repro cpu objects sweeps@densities sweeps@dynamics sweeps@upweights sweeps@widths sweeps@audit sweeps@audit-005
+study: install ## Bring the stored long studies, their pages and the README's table up to date (some six hours; JOBS=4: four rows at once)
+	$(if $(JOBS),dvc repro sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu densities dynamics upweights widths audit audit-005 objects widths-objects audit-objects $(if $(REST_NB_FACES),faces))
+	dvc repro cpu objects sweeps@densities sweeps@dynamics sweeps@upweights sweeps@widths sweeps@widths-objects sweeps@audit sweeps@audit-005 sweeps@audit-objects
 	dvc repro looks places
 	$(if $(REST_NB_FACES),dvc repro runs/faces/dvc.yaml:faces)
 	for budget in cpu objects densities dynamics upweights widths audit; do $(RUN) page $$budget || exit; done

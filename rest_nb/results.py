@@ -8,6 +8,7 @@ __all__ = ['GROUPS', 'METHOD_COLOURS', 'MARKS', 'SETS', 'BUDGETS', 'load_rows', 
            'assembly_table']
 
 # %% ../nbs/0c_results.ipynb #d696110b
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -211,7 +212,7 @@ def readme_table(root):
     tables = {name: table(ends(rows), load_seconds(root, budget))
               for budget, (name, rows) in zip(BUDGETS, all_rows(root).items())}
     whole = pd.concat(tables, names=["set"]).reset_index("set")
-    return whole.to_markdown(index=False, disable_numparse=True)
+    return re.sub(" +", " ", whole.to_markdown(index=False, disable_numparse=True))  # unpadded: it must not fill the first screen
 
 
 def ends(rows):

@@ -64,7 +64,7 @@ def rows_stage(budget):
 
 
 PAPER = ["paper", "paper-objects", "paper-faces"]
-SWEEPS = ["densities", "upweights", "widths", "dynamics", "audit", "audit-005", "audit-objects"]
+SWEEPS = ["densities", "upweights", "widths", "widths-objects", "dynamics", "audit", "audit-005", "audit-objects"]
 
 
 def fields_of(budget):
@@ -144,12 +144,15 @@ def test_every_set_is_built_and_every_setting_is_some_budgets():
 
 def test_as_many_weights_at_another_width():
     params = read_params(ROOT / "params.yaml")
-    kept = {name: sum(keep_counts(maskable(config.untrained()), config.density).values())
-            for name in ("REST-width16-kept", "REST-width32-kept", "REST-width128-kept")
-            for config in [configure(params, "widths", "cmnist-0005", name)]}
-    usual = configure(params, "cpu", "cmnist-0005", "REST")
-    assert all(abs(n / (.02 * 660_992) - 1) < .001 for n in kept.values()), kept
-    assert (usual.width, usual.density) == (64, .02)
+    for budget, setting, usual, weights, error in (("widths", "cmnist-0005", "cpu", 660_992, .001),         # the CNN, exactly
+                                                   ("widths-objects", "cifar10c-0005", "objects", 11_172_032, .025)):  # ResNet-18, nearly
+        kept = {name: sum(keep_counts(maskable(config.untrained()), config.density).values())
+                for name in ("REST-width16-kept", "REST-width32-kept", "REST-width128-kept")
+                for config in [configure(params, budget, setting, name)]}
+        config = configure(params, usual, setting, "REST")
+        assert sum(p.numel() for p in maskable(config.untrained()).values()) == weights
+        assert all(abs(n / (.02 * weights) - 1) < error for n in kept.values()), kept
+        assert (config.width, config.density) == (64, .02)
 
 
 def test_no_face_is_in_git():
