@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PAGES', 'COMMANDS', 'fetch', 'sets', 'build', 'compile', 'row', 'together', 'search', 'train', 'seconds', 'speed',
-           'looks', 'places', 'table', 'page', 'show', 'untuned', 'check', 'clean', 'rerun', 'main']
+           'looks', 'places', 'table', 'page_of', 'page', 'show', 'untuned', 'check', 'clean', 'rerun', 'main']
 
 # %% ../nbs/0f_commands.ipynb #f4ddf409
 import argparse
@@ -145,14 +145,21 @@ PAGES = {"cpu": "20_colored_mnist.ipynb", **dict.fromkeys(("objects", "faces"), 
          "widths": "27_width.ipynb", "audit": "2a_audit.ipynb"}  # of the budgets whose results are in git
 
 
+def page_of(budget):
+    "The reading notebook of a BUDGET, and is it stored in place?"
+    family = budget if budget in PAGES else budget.split("-")[0]  # audit-005 is on audit's page
+    return PAGES.get(family, PAGES["cpu"]), family in PAGES
+
+
 def page(root, budget):
     """Execute the reading notebook for a BUDGET into runs/BUDGET;
     for those whose results are in git, in place, and write the README's table where it shows them.
     """
     from rest_nb.results import BUDGETS, load_rows, readme_table, with_table
     load_rows(root, budget)  # raises where one is missing, before a notebook does
-    source = root / "nbs" / PAGES.get(budget, PAGES["cpu"])
-    execute(source, source if budget in PAGES else root / "runs" / budget / source.name,
+    name, is_stored = page_of(budget)
+    source = root / "nbs" / name
+    execute(source, source if is_stored else root / "runs" / budget / name,
             progress=True, **dict(budget=budget) if source.name == PAGES["cpu"] else {})
     if budget in BUDGETS:
         readme = root / "README.md"
@@ -166,10 +173,10 @@ def show(root, budget):
     print(f"\n{SETS[next(iter(rows.values()))['config']['dataset']]}, budget {budget}: accuracy in percent, mean ± sd over n seeds; "
           "FLOPs and seconds of training, of ERM's\n")
     print(table(rows, load_seconds(root, budget)).to_string(index=False))
-    page_folder = "nbs" if budget in PAGES else f"runs/{budget}"
-    print(f"\nThe page:            {page_folder}/{PAGES.get(budget, PAGES['cpu'])}\n"
-          f"Executed notebooks:  runs/{budget}/rows/*.ipynb\n"
-          f"Open them with:      .venv/bin/jupyter lab runs/{budget}   (the library: make lab)")
+    name, is_stored = page_of(budget)
+    made = {"The page:           ": f"{'nbs' if is_stored else f'runs/{budget}'}/{name}", "Executed notebooks: ": f"runs/{budget}/rows/*.ipynb"}
+    print("", *(f"{what} {path}" for what, path in made.items() if next(root.glob(path), None)),
+          f"Open them with:      .venv/bin/jupyter lab runs/{budget}   (the library: make lab)", sep="\n")
 
 
 def untuned(params):

@@ -53,8 +53,11 @@ class Run:
 
     @functools.cached_property
     def parts(self):
-        "What the method's reweighting brings, a dict: `batches`, a `loss`, or nothing."
-        return self.call("reweighting") or {}
+        "What the method's reweighting brings, a dict: `batches`, a `loss`, or nothing. Raises `ValueError` for anything else."
+        parts = self.call("reweighting") or {}
+        if unknown := parts.keys() - {"batches", "loss"}:
+            raise ValueError(f"{self.config.reweighting} brings {', '.join(sorted(unknown))}; expected batches, a loss, or both")
+        return parts
 
     def batches(self, steps=None):
         "So many `steps` (all the run's) of shuffled batches: an iterable of indices."

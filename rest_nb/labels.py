@@ -22,6 +22,7 @@ def coded(name, labels, n):
     missing = np.flatnonzero(pd.isna(pd.Series(labels, dtype=object)))
     if len(missing): raise ValueError(f"{name}[{missing[0]}] is missing; expected a label for each image")
     kinds = {type(label) for label in labels}
+    if list in kinds: raise ValueError(f"{name} holds several numbers for an image; expected one label each: {name}.ravel() or {name}.argmax(1)")
     if len(kinds) > 1 or not kinds <= {int, str, bool}:
         raise ValueError(f"{name} holds {' and '.join(sorted(kind.__name__ for kind in kinds))}; "
                          f"expected whole numbers, text or bools, all of one kind: by {name}.astype(int) or {name}.astype(str)")
@@ -37,7 +38,7 @@ def check_classes(classes):
     if type(classes[0]) is not int: return
     gap = next((low + 1 for low, high in zip(classes, classes[1:]) if high > low + 1), None)
     if gap is not None: raise ValueError(f"y has no {gap} between {classes[0]} and {classes[-1]}; "
-                                         "expected no gap, or names: y.astype(str)")
+                                         "expected no gap, or names such as 'class 3'")
 
 # %% ../nbs/01_labels.ipynb #5ea673f9
 def attribute_codes(table, fixed=()):

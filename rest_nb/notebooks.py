@@ -68,10 +68,11 @@ def execute(source, target, cwd=None, progress=False, **parameters):
 
     `cwd`: the folder to run in, the caller's by default. `progress`: show on stderr how many cells are done, and the time left.
     Raises `ValueError` where there are parameters and no cell is tagged `parameters`
-    (papermill would ignore them in silence), `RuntimeError` where a cell raises;
+    (papermill would ignore them in silence), `RuntimeError` where a cell raises or the kernel dies;
     the notebook up to there is then `target` with the suffix `.failed.ipynb`.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     source, target = Path(source), Path(target)
     if parameters and not any("parameters" in c.metadata.get("tags", [])
                               for c in nbformat.read(source, 4).cells):
@@ -88,4 +89,7 @@ def execute(source, target, cwd=None, progress=False, **parameters):
     except papermill.PapermillExecutionError as error:
         os.replace(aside, failed)
         raise RuntimeError(f"{source.name}: {error.ename}: {error.evalue} (see {failed})") from None
+    except DeadKernelError:
+        if aside.is_file(): os.replace(aside, failed)
+        raise RuntimeError(f"{target.name}: its kernel died, as happens where memory runs out (see {failed})") from None
     finally: aside.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from .data import SPLITS, BiasedDataset
-from .images import read_images
+from .images import as_rgb, read_images
 from .labels import attribute_codes, check_classes, coded, positions
 
 # %% ../nbs/01_own_data.ipynb #b1658068
@@ -29,7 +29,8 @@ def as_images(x):
     try: x = x if isinstance(x, torch.Tensor) else np.asarray(x)
     except ValueError: raise ValueError("x holds images of different shapes; expected one: resize them") from None
     if str(x.dtype) not in ("uint8", "torch.uint8"):
-        raise ValueError(f"x is {x.dtype}; expected uint8, 0 to 255: from [0, 1] by np.uint8(255 * x)")
+        mend = 'x.astype("uint8")' if "int" in str(x.dtype) else "np.uint8(255 * x), if it runs from 0 to 1"
+        raise ValueError(f"x is {x.dtype}; expected uint8, 0 to 255: by {mend}")
     x = x.cpu() if isinstance(x, torch.Tensor) else torch.from_numpy(np.require(x, requirements="CW"))
     if x.ndim == 3: return x[:, None].expand(-1, 3, -1, -1)
     first, last = (x.ndim == 4 and x.shape[axis] in (1, 3) for axis in (1, 3))
@@ -49,19 +50,38 @@ class NamedDataset(BiasedDataset):
     attributes: tuple = ()
 
 
-def from_arrays(x, y, a=None, *, aligned=None):
-    """Images, their targets and bias attributes as a `NamedDataset`.
+def from_arrays(x, y, a=None, *, splits=None, aligned=None):
+    """Images, their targets and bias attributes as a `NamedDataset`; as {split: NamedDataset} where `splits` are given.
 
     `x`: as in `as_images`. `y`, `a`: labels as in `coded`, N; `a` is None where nobody knows it.
+    `splits`: train, valid or test for each image (N): images that are split already must come in together, as their labels are
+    numbered and paired together, by those of train; the table of cells is printed then.
     `aligned`: {class: attribute value} for pairs that are known; otherwise as in `attribute_codes`.
     Raises `ValueError`, in one line, for what does not fit.
     """
-    x = as_images(x)
-    return NamedDataset(x, **_named(len(x), y, a, aligned))
+    x, splits = as_images(x), _splits(splits, len(x))
+    return _cut(NamedDataset(x, **_named(len(x), y, a, aligned, splits)), splits)
 
 
-def _named(n, y, a, aligned, rows=slice(None)):
-    "What a `NamedDataset` of `n` images has besides them, as keyword arguments; paired by the samples `rows`."
+def _splits(splits, n):
+    "The split of each of `n` images, an array of text, or None where all are one."
+    if splits is None: return None
+    codes, found = coded("splits", splits, n)
+    if sorted(found) != sorted(SPLITS): raise ValueError(f"splits are {', '.join(map(str, found))}; expected {', '.join(SPLITS)}")
+    return np.array(found)[codes]
+
+
+def _cut(data, splits):
+    "`data`, or where `splits` says where each of its samples belongs, {split: NamedDataset}, whose table it prints."
+    if splits is None: return data
+    sets = {name: take(data, splits == name) for name in SPLITS}
+    report(sets)
+    return sets
+
+
+def _named(n, y, a, aligned, splits=None):
+    "What a `NamedDataset` of `n` images has besides them, as keyword arguments; paired by the samples of train."
+    rows = slice(None) if splits is None else splits == "train"
     y, classes = coded("y", y, n)
     check_classes(classes)
     named = dict(y=torch.from_numpy(y), num_classes=len(classes), classes=tuple(map(str, classes)))
@@ -151,8 +171,15 @@ def split(data, valid=0.1, test=0.2, seed=0):
 
 
 def take(data, index):
-    "The samples `index` of a `BiasedDataset`, names and all."
-    index = torch.as_tensor(index, dtype=torch.int64)
+    """The samples `index` of a `BiasedDataset`, names and all: whole numbers, or N bools that say which.
+
+    Raises `ValueError` for bools of another number than there are samples.
+    """
+    index = torch.as_tensor(index)
+    if index.dtype == torch.bool:
+        if index.shape != data.y.shape: raise ValueError(f"index is bools of shape {tuple(index.shape)}; expected one for each of the {len(data)} samples")
+        index = index.nonzero().flatten()
+    index = index.long()
     a = None if data.a is None else data.a[index]
     return dataclasses.replace(data, x=data.x[index], y=data.y[index], a=a)
 
@@ -171,6 +198,8 @@ def read_labels(path):
     except OSError as error: raise type(error)(f"{path}: {error.strerror}; {want}") from None
     except ValueError as error: raise ValueError(f"{path}: {' '.join(str(error).split())}; {want}") from None
     if not isinstance(table.index, pd.RangeIndex): raise ValueError(f"{path}: rows are too long; {want}")
+    for name in table.columns[[pd.api.types.is_string_dtype(kind) for kind in table.dtypes]]:
+        table[name] = table[name].str.strip().replace("", np.nan)  # "cat " is no other class than "cat"
     table = table.set_axis(table.index + 2).dropna(how="all")  # line 1 holds the names
     for name in COLUMNS[:2]:
         if name not in table: raise ValueError(f"{path} has no {name!r}, only {', '.join(table)}; {want}")
@@ -206,30 +235,29 @@ def from_folder(folder, csv="labels.csv", *, size=None, aligned=None):
     for line, name in table.file.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{path}, line {line}: {folder / name} is no file; expected an image")
-    rows = (table.split == "train").to_numpy() if has_splits else slice(None)
-    try: labels = _named(len(table), table.y, table.get("a"), aligned, rows)
+    splits = table.split.to_numpy() if has_splits else None
+    try: labels = _named(len(table), table.y, table.get("a"), aligned, splits)
     except ValueError as error: raise ValueError(f"{path}: {error}") from None
     x = torch.from_numpy(read_images([folder / name for name in table.file], size=size))
-    data = NamedDataset(x, **labels)
-    if not has_splits: return data
-    sets = {name: take(data, np.flatnonzero(table.split == name)) for name in SPLITS}
-    report(sets)
-    return sets
+    return _cut(NamedDataset(x, **labels), splits)
 
 # %% ../nbs/01_own_data.ipynb #6ec31aa8
-def from_dataset(dataset, a=None, *, aligned=None):
-    """A data set of (image, target) as a `NamedDataset`, with bias attributes `a` as in `from_arrays`.
+def from_dataset(dataset, a=None, *, splits=None, aligned=None):
+    """A data set of (image, target) as a `NamedDataset`, with bias attributes `a`, `splits` and `aligned` as in `from_arrays`.
 
     Images: PIL, or uint8 arrays or tensors. Raises `ValueError` for others, and, naming the first, where sizes differ.
     """
     images, y = [], []
     for index in tqdm(range(len(dataset)), "reading", delay=5, unit="image", file=sys.stderr):
         image, target = dataset[index]
-        image = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+        try: image = np.asarray(as_rgb(image) if hasattr(image, "convert") else image)
+        except ValueError as error: raise ValueError(f"image {index}: {error}") from None
+        if not images and "float" in str(image.dtype):  # known before all are read
+            raise ValueError(f"images are {image.dtype}; expected PIL, or uint8: leave out ToTensor in the data set's transform")
         if images and image.shape != images[0].shape:
             raise ValueError(f"image {index} is of shape {image.shape}, the first of {images[0].shape}; "
                              "expected one size: resize in the data set's transform")
         images.append(image)
         y.append(target)
     if not images: raise ValueError("the data set has no sample; expected some")
-    return from_arrays(np.stack(images), y, a, aligned=aligned)
+    return from_arrays(np.stack(images), y, a, splits=splits, aligned=aligned)

@@ -21,7 +21,7 @@ from .search import candidates
 # %% ../nbs/0f_ranking.ipynb #a1694622
 def run_seconds(root, budget, rows):
     """Mean seconds of a whole run, {(setting, method): float}, of `rows` of a budget; left out are those not stored,
-    and those of a processor that computes in another precision than ERM's did.
+    those taken while something else ran, and those of a processor that computes in another precision than ERM's did.
     """
     precision = lambda row: rows.get(row, {}).get("versions", {}).get("precision")
     stored = {row: read_json(Path(root) / "runs" / budget / "seconds" / f"{row[0]}-{row[1]}.json") for row in rows}
@@ -80,8 +80,10 @@ def prices(rows):
 
 def ratios(rows):
     "The conflict ratio of each setting, {setting: float}. Raises `ValueError` where two have the same: a table by ratio would mix them."
-    found = {setting: row["config"]["conflict_ratio"] for (setting, _), row in rows.items()}
-    if len({*found.values()}) < len(found): raise ValueError(f"settings {', '.join(found)} share a conflict ratio; expected another for each")
+    found, ratios = {setting: row["config"]["conflict_ratio"] for (setting, _), row in rows.items()}, []
+    for setting, ratio in found.items():
+        if ratio in ratios: raise ValueError(f"{' and '.join(s for s in found if found[s] == ratio)} share the conflict ratio {ratio}; expected another for each")
+        ratios.append(ratio)
     return found
 
 # %% ../nbs/0f_ranking.ipynb #d30c0603

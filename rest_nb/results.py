@@ -2,12 +2,13 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'METHOD_COLOURS', 'MARKS', 'SETS', 'BUDGETS', 'load_rows', 'accuracies', 'means', 'histories', 'percent',
-           'table', 'load_seconds', 'paired_difference', 'differences', 'accuracy_figure', 'learning_figure',
+           'table', 'load_seconds', 'paired_difference', 'differences', 'colours', 'accuracy_figure', 'learning_figure',
            'turning_points', 'examples_figure', 'counts', 'all_rows', 'readme_table', 'ends', 'with_table',
            'load_speed', 'speed_ratios', 'speed_figure', 'bar_table', 'layers_table', 'profile_table', 'choices_table',
            'assembly_table']
 
 # %% ../nbs/0c_results.ipynb #d696110b
+import itertools
 import re
 from pathlib import Path
 
@@ -29,14 +30,14 @@ def load_rows(root, budget, settings=None):
     if budget not in params["budgets"]:
         raise ValueError(f"params.yaml has no {budget!r} in budgets; expected one of {', '.join(params['budgets'])}")
     family = budget.split("-")[0]
-    own = f"runs/{family}/dvc.yaml"  # a pipeline
+    own = ".ci/dvc.yaml" if budget == "tiny" else f"runs/{family}/dvc.yaml"  # a pipeline
     stage = f"{budget}-rows" if not (Path(root) / own).is_file() else f"{own}:{budget}" if family == budget else f"{own}:{budget}-rows"
     for setting in settings or named(params, budget, "settings"):
         for method in named(params, budget, "methods"):
             path = Path(root) / "runs" / budget / "rows" / f"{setting}-{method}.json"
             rows[setting, method] = read_json(path)
             if rows[setting, method] is None:
-                raise FileNotFoundError(f"{path} is missing: `dvc repro {stage}` makes it")
+                raise FileNotFoundError(f"{path} is missing: `dvc repro {stage}` makes it, or by itself `python -m rest_nb row {budget} {setting} {method}`")
     return rows
 
 
@@ -81,7 +82,7 @@ def table(rows, seconds=None, state="selected"):
     """The study's table: a line for each setting and method.
 
     Parameters and training FLOPs are multiples of ERM's on the setting, or, without it, of the row's own dense network.
-    `seconds`: what `timing.time_methods` stored, or None; then its column shows a dash.
+    `seconds`: what `timing.time_methods` stored, or None; what it does not tell is a dash.
     `state`: `selected` or `last`.
     """
     tested, lines = accuracies(rows, state), []
@@ -94,7 +95,7 @@ def table(rows, seconds=None, state="selected"):
             "parameters": f"{row['cost']['kept_parameters'] / dense['parameters']:.3f}×",
             "FLOPs": f"{row['cost']['training_flops'] / dense['dense_training_flops']:.3f}×",
             "seconds": (f"{seconds['methods'][method]['seconds'] / seconds['methods']['ERM']['seconds']:.2f}×"
-                        if seconds else "–")})
+                        if seconds and {method, "ERM"} <= {*seconds["methods"]} else "–")})
     return pd.DataFrame(lines)
 
 
@@ -105,10 +106,15 @@ def load_seconds(root, budget):
 # %% ../nbs/0c_results.ipynb #533d34e5
 def paired_difference(tested, setting, method, rival, group="conflicting"):
     """`method` minus `rival` on one setting, seed by seed:
-    mean, sd, ci95 and n of the differences in accuracy (see `over_seeds`), and their `p_value`.
+    mean, sd, ci95 and n of the differences in accuracy (see `over_seeds`), and `p`, their `p_value`.
+
+    Raises `ValueError` where one of the two was not run there, or they share no seed.
     """
-    of = lambda m: tested[(tested.setting == setting) & (tested.method == m)].set_index("seed")[group]
+    tested = tested[tested.setting == setting]
+    of = lambda m: tested[tested.method == m].set_index("seed")[group]
     found = (of(method) - of(rival)).dropna()
+    if found.empty:
+        raise ValueError(f"{setting}: {method} and {rival} share no seed; expected two of {', '.join(tested.method.unique()) or 'its methods, of which it has none'}")
     return dict(over_seeds(found), p=p_value(found))
 
 
@@ -118,12 +124,12 @@ def differences(rows, pairs, group="conflicting"):
     A line for each setting and pair. `pairs`: (method, rival) tuples.
     Columns for the `selected` and for the `last` states, and the p-value of the former, by Holm for the whole table.
     """
-    lines, p = [], []
+    lines, p, tested = [], [], {state: accuracies(rows, state) for state in ("selected", "last")}
     for setting in dict.fromkeys(s for s, _ in rows):
         for method, rival in pairs:
             line = dict(setting=setting, difference=f"{method} - {rival}")
-            for state in ("selected", "last"):
-                d = paired_difference(accuracies(rows, state), setting, method, rival, group)
+            for state in tested:
+                d = paired_difference(tested[state], setting, method, rival, group)
                 line |= {state: f"{100 * d['mean']:+.1f} ± {100 * d['ci95']:.1f}", "n": d["n"]}
                 if state == "selected": p.append(d["p"])
             lines.append(line)
@@ -134,12 +140,18 @@ def differences(rows, pairs, group="conflicting"):
 METHOD_COLOURS = dict(ERM="tab:blue", ReW="tab:orange", RigL="tab:green", REST="tab:red")
 
 
+def colours(methods):
+    "A colour for each of `methods`: the four have their own, others what is left, again and again."
+    others = itertools.cycle(("tab:purple", "tab:brown", "tab:cyan", "tab:pink", "tab:olive"))
+    return {method: METHOD_COLOURS.get(method) or next(others) for method in methods}
+
+
 def accuracy_figure(tested, by="conflict_ratio"):
     """Conflicting test accuracy by method, a point for each seed, a panel for each conflict ratio, or what else
     `by` says: a matplotlib figure.
     """
     grid = sns.catplot(tested, x="method", y="conflicting", col=by, hue="method", col_wrap=min(tested[by].nunique(), 2),
-                       palette=METHOD_COLOURS, kind="strip", height=2.6, aspect=1.3, s=6, jitter=.12)
+                       palette=colours(tested.method.unique()), kind="strip", height=2.6, aspect=1.3, s=6, jitter=.12)
     grid.set(ylim=(0, 1)).set_axis_labels("", "conflicting accuracy").set_titles(
         "conflict ratio {col_name}" if by == "conflict_ratio" else "{col_name}")
     for ax in grid.axes.flat: ax.grid(axis="y", lw=.4)
@@ -153,7 +165,7 @@ def learning_figure(history, measure="conflicting", by="conflict_ratio"):
     `measure`: a column of `histories`, such as `conflicting` (accuracy) or `conflicting_loss`.
     """
     grid = sns.relplot(history, x="step", y=measure, col=by, col_wrap=min(history[by].nunique(), 2), hue="method", facet_kws=dict(sharex=False),
-                       palette=METHOD_COLOURS, kind="line", errorbar=("pi", 100), height=2.8, aspect=1.3)
+                       palette=colours(history.method.unique()), kind="line", errorbar=("pi", 100), height=2.8, aspect=1.3)
     for name, ax in grid.axes_dict.items():
         n = int(history[history[by] == name].conflicting_n.iloc[0])
         ax.set_title(f"{'conflict ratio ' if by == 'conflict_ratio' else ''}{name} ({n} images)")
@@ -238,7 +250,7 @@ def load_speed(root, instructions="avx512"):
     """
     path = Path(root) / "runs" / "speed" / instructions / "speed.json"
     result = read_json(path)
-    if result is None: raise FileNotFoundError(f"{path} is missing: `make speed` makes it")
+    if result is None: raise FileNotFoundError(f"{path} is missing: `make speed` makes it, on a processor that has {instructions}")
     return result
 
 

@@ -25,8 +25,11 @@ class Drawn:
     """An iterator that calls `draw()` so many `times`; `number` says how often it has. It can be pickled if `draw` can.
 
     It is of one use: who begins to iterate when all is drawn (a `DataLoader`, at its second epoch) gets a `ValueError`.
+    Raises `ValueError` unless `times` is a whole number, 0 or more.
     """
-    def __init__(self, draw, times): self.draw, self.times, self.number = draw, times, 0
+    def __init__(self, draw, times):
+        if not (times >= 0 and times % 1 == 0): raise ValueError(f"steps is {times}; expected a whole number, 0 or more")
+        self.draw, self.times, self.number = draw, int(times), 0
 
     def __iter__(self):
         if self.number == self.times > 0: raise ValueError(f"all {self.times} batches have been drawn: make new ones, or more at once")
@@ -42,10 +45,10 @@ def shuffled_batches(n, batch_size, steps, generator):
     """`steps` batches of indices below `n`, as `Drawn`:
     each index at most once an epoch, in random order; what does not fill a batch is left out.
 
-    Raises `ValueError` where a batch is larger than an epoch.
+    Raises `ValueError` where a batch is larger than an epoch or empty, and as `Drawn` does.
     """
-    if batch_size > n:
-        raise ValueError(f"batch_size is {batch_size}; expected at most the {n} samples there are")
+    if not 1 <= batch_size <= n:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 to the {n} samples there are")
     left = torch.empty(0, dtype=torch.int64)
 
     def draw():
@@ -59,8 +62,9 @@ def shuffled_batches(n, batch_size, steps, generator):
 def weighted_batches(weights, batch_size, steps, generator):
     """`steps` batches of indices, as `Drawn`: with replacement, in proportion to `weights` (float, N).
 
-    Raises `ValueError` where a weight is negative or none is above 0.
+    Raises `ValueError` where a weight is negative or none is above 0, where a batch is empty, and as `Drawn` does.
     """
+    if batch_size < 1: raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
     if not (weights.min() >= 0 and 0 < weights.sum() < float("inf")):
         raise ValueError(f"weights go from {weights.min():g} to {weights.max():g}; expected 0 or more, and some above 0")
     cumulative = weights.cumsum(0)

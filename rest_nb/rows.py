@@ -71,6 +71,13 @@ def stamp(config, images):
 def file_hash(path):
     "SHA-256 of a file, shortened; None where there is none."
     if not Path(path).is_file(): return None
+    stat = os.stat(path)
+    return _hash_of(str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache
+def _hash_of(path, *state):
+    "`file_hash` of a file that has not changed since: images of 200 MB are asked for at each row."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
@@ -182,7 +189,7 @@ def run_row(root, budget, setting, method, is_alone=True):
     trained_by = dict.fromkeys(stored["trained_by"].split() if runs else ())
     missing = [seed for seed in config.seeds if seed not in runs]
     is_alone = is_alone and (not runs or read_json(timed, {}).get("is_alone", True))  # all whose seconds are told
-    todo = len({*pending(root, params, budget), (setting, method)}) * len(config.seeds) * config.steps
+    todo = len({*(pending(root, params, budget) if missing else ()), (setting, method)}) * len(config.seeds) * config.steps
     with tqdm(total=todo, unit="step", mininterval=2, disable=not missing,
               bar_format="{desc} |{bar:20}| of all that is left: {percentage:.0f} %, {remaining} to go",
               file=sys.stderr) as bar:
@@ -194,10 +201,11 @@ def run_row(root, budget, setting, method, is_alone=True):
             if not computes_as(stored.get("made", {}), made):
                 checkpoint = Checkpoint(part.with_suffix(".checkpoint"), made, split("train"))
                 result, taken = run_seed(config, seed, split, lambda steps: ticking(steps, bar), checkpoint)
-                stored = dict(made=made, result=result, seconds=taken)
+                stored = dict(made=made, result=result, seconds=taken, is_alone=is_alone)
                 write_json(part, stored)
                 if is_first(): checkpoint.clear()
             else: bar.update(config.steps)
+            is_alone = is_alone and stored.get("is_alone", True)
             trained_by[stored["made"]["code"]] = ...
             runs[seed], seconds[seed] = stored["result"], stored["seconds"]
     runs = [runs[seed] for seed in config.seeds]

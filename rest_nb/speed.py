@@ -94,7 +94,7 @@ def peak_bytes(network, kind, batch=256):
             "for _ in range(3): step()\n"
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"{network} {kind}: {done.stderr.strip().splitlines()[-1]}")
+    if done.returncode: raise RuntimeError(f"{network} {kind}: {(done.stderr.strip() or f'ended with status {done.returncode}, out of memory?').splitlines()[-1]}")
     return 1024 * int(done.stdout)
 
 # %% ../nbs/0e_speed.ipynb #40b54aaf

@@ -15,14 +15,14 @@ from .cost import layer_costs, parameters, training_flops
 from .masks import keep_counts, maskable
 from .metrics import over_seeds
 from .ranking import interval, starred
-from .results import METHOD_COLOURS, accuracies
+from .results import METHOD_COLOURS, accuracies, colours
 from .rows import read_json
 
 # %% ../nbs/0f_sweeps.ipynb #78a70376
 def option(config, role, name):
     "What the part in a `role` of a row's configuration (a dict) says of its option `name`, or else the configuration itself."
     said = part(config[role])[1] if "." in config[role] else {}
-    return said.get(name, config[name])
+    return said[name] if name in said else config[name]
 
 
 def family(config):
@@ -63,22 +63,26 @@ def sweep_figure(lines, across, by="variant", measure="conflicting", panels=None
 
 def draw(ax, lines, across, by, measure):
     "One panel of `sweep_figure`."
-    others = iter(("tab:purple", "tab:brown", "tab:cyan", "tab:pink", "tab:olive"))  # none of the four methods'
-    for name, line in lines.dropna(subset=across).groupby(by, sort=False):
+    lines = lines.dropna(subset=across)
+    colour = colours(lines[by].unique())
+    for name, line in lines.groupby(by, sort=False):
         s = line.groupby(across)[measure].agg(lambda shares: over_seeds(shares)["mean"])
         half = line.groupby(across)[measure].agg(lambda shares: over_seeds(shares)["ci95"])
-        ax.errorbar(s.index, s, half, marker="o", ms=4, lw=1.2, elinewidth=.7, capsize=2, label=name, color=METHOD_COLOURS.get(name) or next(others, None))
+        ax.errorbar(s.index, s, half, marker="o", ms=4, lw=1.2, elinewidth=.7, capsize=2, label=name, color=colour[name])
     ax.set(xlabel=across.replace("_", " "), ylim=(0, 1))
     ax.grid(lw=.4)
 
 # %% ../nbs/0f_sweeps.ipynb #e02985f2
 def interactions(rows, state="selected", group="conflicting"):
     """What reweighting adds to test accuracy on a `group`, in points ± half a 95 % t-interval, seed by seed: to a `dense` network,
-    to a `sparse` one, and how much more to the sparse one. A line for each setting and n; a star as in `ranking.compared`.
+    to a `sparse` one, and how much more to the sparse one. A line for each setting and n, the seeds that all four have;
+    a star as in `ranking.compared`. Raises `ValueError` where a setting lacks one of the four.
     """
     lines = {}
     for setting, found in accuracies(rows, state).groupby("setting", sort=False):
-        by = found.pivot(index="seed", columns="method", values=group)
+        lacking = [method for method in METHOD_COLOURS if method not in found.method.values]
+        if lacking: raise ValueError(f"{setting} has no {', '.join(lacking)}; expected all of {', '.join(METHOD_COLOURS)}")
+        by = found.pivot(index="seed", columns="method", values=group)[[*METHOD_COLOURS]].dropna()
         added = pd.DataFrame({"dense": by["ReW"] - by["ERM"], "sparse": by["REST"] - by["RigL"]})
         added["sparse - dense"] = added["sparse"] - added["dense"]
         lines[setting] = {name: starred(over_seeds(shares)) for name, shares in added.items()} | dict(n=len(added))

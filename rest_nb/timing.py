@@ -33,8 +33,8 @@ def with_update(run, method):
     def step():
         usual, method.delta_t = method.delta_t, 1
         tell(True)
-        run()
-        method.delta_t = usual
+        try: run()
+        finally: method.delta_t = usual
         tell(False)
     return step
 

@@ -103,9 +103,10 @@ def ask(model, x, precision="fp32", inputs=assemble):
 
 def validate(model, data, precision="fp32", inputs=assemble):
     """Accuracies by group (see `group_accuracy`), and `aligned_loss` and `conflicting_loss`:
-    mean cross-entropies, NaN without a sample.
+    mean cross-entropies, NaN without a sample. Where `data` has no attributes, the accuracy over all, `unbiased`, and its n.
     """
     logits = ask(model, data.x, precision, inputs)
+    if data.a is None: return dict(unbiased=(logits.argmax(1) == data.y).double().mean().item(), unbiased_n=len(data))
     losses = F.cross_entropy(logits, data.y, reduction="none")
     return dict(group_accuracy(logits.argmax(1), data.y, data.a),
                 aligned_loss=losses[~data.is_conflicting].mean().item(),
@@ -118,7 +119,7 @@ SELECTION = ("worst_group", "unbiased")
 class Fit:
     """Training, as far as it has come. `steps`: a `Steps`; `select_from`, `keep`: see `fit`.
 
-    `history`: a dict for each evaluation. `best`: {rule of `SELECTION`: (step, its `state_dict`)}.
+    `history`: a dict for each evaluation. `best`: {rule of `SELECTION`: (step, its `state_dict`)}, of those that `valid` tells.
     `states`: {step: `state_dict`} of all evaluations, if they are kept.
     """
     def __init__(self, steps, select_from=0, keep=False):
@@ -130,6 +131,7 @@ class Fit:
         """To the end; `valid`, `eval_every`: see `fit`. `progress` wraps the steps; `put_aside` is called after each evaluation.
         Returns itself; may be called again, on what was put aside.
         """
+        if eval_every < 1: raise ValueError(f"eval_every is {eval_every}; expected 1 step or more")
         for number, loss in progress(self.steps):
             self.losses.append(loss)
             if number % eval_every: continue
@@ -146,7 +148,7 @@ class Fit:
         now = dict(step=number, loss=over_all(sum(self.losses) / len(self.losses)), **validate(model, valid, **how))
         if number >= self.select_from:
             best = {rule: next(entry[rule] for entry in self.history if entry["step"] == step) for rule, (step, _) in self.best.items()}
-            better = [rule for rule in SELECTION if rule not in best or now[rule] >= best[rule]]
+            better = [rule for rule in SELECTION if rule in now and (rule not in best or now[rule] >= best[rule])]
             if better or self.keep: state = copy.deepcopy(model.state_dict())
             for rule in better: self.best[rule] = number, state
             if self.keep: self.states[number] = state
@@ -156,14 +158,18 @@ class Fit:
 
 def fit(model, optimizer, train, valid, batches, *, eval_every, select_from=0, keep=False, **step):
     """Train on `batches` (an iterable of index tensors) and select by validation accuracy, ties to the later step:
-    once by that of the worst group, and once by that over all samples. Returns a `Fit`.
+    once by that of the worst group, and once by that over all samples (by the latter alone where `valid` has no attributes).
+    Returns a `Fit`.
 
     `train`, `valid`: `data.BiasedDataset`s. `eval_every`: `valid` is asked after so many steps, again and again.
     `select_from`: a step before which no state is selected; hooks may name a later one, by an attribute of that name.
     `keep`: also the states that are not selected.
     `step`: what `Steps` takes besides.
     The model ends in its last state. Raises `FloatingPointError` as `Steps` does, and `ValueError` where there is
-    nothing to select, or `valid` has no attributes to select by.
+    nothing to select, or `valid` lacks conflicting or aligned samples: the worst group would be the other one.
     """
-    valid.is_conflicting  # not known: better said now than after the first steps
+    conflicting = None if valid.a is None else int(valid.is_conflicting.sum())
+    if conflicting in (0, len(valid)):
+        raise ValueError(f"{conflicting} of {len(valid)} validation samples conflict; expected some that do and some that do not: "
+                         "give valid more of them, or no attributes, to select by all samples")
     return Fit(Steps(model, optimizer, train, batches, **step), select_from, keep).go_on(valid, eval_every)

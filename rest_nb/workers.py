@@ -73,12 +73,12 @@ def row(root, *names):
 
 def train(root, where, budgets, told=functools.partial(print, file=sys.stderr)):
     """Train the rows of `budgets` that are pending, several at once; `where`: see `client`. Returns {task: error} of failures."""
-    root = Path(root)
+    root, budgets = Path(root), [*dict.fromkeys(budgets)]
     params, failed = read_params(root / "params.yaml"), {}
     for budget in budgets: named(params, budget, "methods")  # raises where it is none
     tuned = [budget for budget in budgets if (params["budgets"][budget] or {}).get("tuned")]
     with client(where) as workers:
-        searches = [row for budget in tuned for row in itertools.product(named(params, budget, "settings"), named(params, budget, "methods"))]
+        searches = dict.fromkeys(row for budget in tuned for row in itertools.product(named(params, budget, "settings"), named(params, budget, "methods")))
         failed |= do_all(workers, functools.partial(search, str(root)), searches, told)
         params = read_params(root / "params.yaml")
         rows = [(budget, *row) for budget in budgets for row in pending(root, params, budget)

@@ -1234,3 +1234,27 @@ def test_a_step_carries_its_share_of_the_updates(root, clock):
     write_params(root, edited("budgets", "tiny", steps=16, delta_t=4))
     taken = time_methods(root, "tiny", "blobs", rounds=1)["methods"]["RigL"]
     assert taken["seconds"] == 1 + 5 * 2 / 16
+
+
+def test_seconds_of_a_killed_row_that_was_not_alone_are_not_alone(root, monkeypatch):
+    write_params(root, edited("budgets", "tiny", seeds=[1, 2]))
+    with monkeypatch.context() as during:
+        spy_on_seeds(during, dies_at=2)
+        with pytest.raises(KeyboardInterrupt): run_row(root, "tiny", "blobs", "REST", is_alone=False)
+    run_row(root, "tiny", "blobs", "REST", is_alone=True)
+    assert len(seconds_of(root)["training"]) == 2 and not seconds_of(root)["is_alone"]
+
+
+def test_a_file_that_changes_has_another_hash(tmp_path):
+    path = tmp_path / "images"
+    assert keeping.file_hash(path) is None
+    for content in (b"red", b"blue", b"lilac"):
+        path.write_bytes(content)
+        assert keeping.file_hash(path) == keeping.file_hash(path) == hashlib.sha256(content).hexdigest()[:16]
+
+
+def test_a_part_that_brings_what_nobody_reads_is_refused(monkeypatch):
+    config = dataclasses.replace(BASE, reweighting="reweighting.sample")
+    run = Run(config, 1, split_of(config)("train"))
+    monkeypatch.setattr(run, "call", lambda role: dict(batch=[], loss=None))
+    with pytest.raises(ValueError, match="reweighting.sample brings batch; expected batches, a loss, or both"): run.prepare()

@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import rest_nb.data
-from rest_nb.__main__ import COMMANDS, main
+from rest_nb.__main__ import COMMANDS, main, page_of
 from rest_nb.data import SPLITS, BiasedDataset, load
 from rest_nb.notebooks import clean, dump, execute, project_root, write
 
@@ -177,10 +177,11 @@ def test_a_cell_that_raises(tmp_path, says):
 
 def test_a_kernel_that_is_killed_leaves_the_earlier_result(tmp_path):
     # As the system kills it when memory runs out.
-    source = notebook(tmp_path / "a.ipynb", "import os", "os._exit(9)")
+    source = notebook(tmp_path / "a.ipynb", "import os; print('so far')", "os._exit(9)")
     target = tmp_path / "b.ipynb"
     target.write_text("the earlier result")
-    with pytest.raises(RuntimeError): execute(source, target)
+    with pytest.raises(RuntimeError, match="b.ipynb: its kernel died.*b.failed.ipynb"): execute(source, target)
+    assert "so far" in (tmp_path / "b.failed.ipynb").read_text()
     assert target.read_text() == "the earlier result" and not [p for p in files(tmp_path) if ".part" in p]
 
 
@@ -416,3 +417,9 @@ def test_clean_strips_experiments_and_keeps_what_others_say(project):
     assert not [c for c in experiment.cells if c.get("outputs") or c.get("execution_count")]
     assert [c.source for c in experiment.cells] == [c.source for c in page.cells]
     assert dump(page) == (project / "20_b.ipynb").read_text() == dump(clean(executed("08:15")))
+
+
+@pytest.mark.parametrize("budget, page", [("cpu", ("20_colored_mnist.ipynb", True)), ("tiny", ("20_colored_mnist.ipynb", False)),
+                                          ("audit-005", ("2a_audit.ipynb", True)), ("widths-objects", ("27_width.ipynb", True)), ("rivals", ("23_methods.ipynb", True))])
+def test_each_budget_has_the_page_that_shows_it(budget, page):
+    assert page_of(budget) == page and (ROOT / "nbs" / page[0]).is_file()

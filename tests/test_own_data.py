@@ -66,8 +66,8 @@ def test_images_that_may_not_be_written_to_or_run_backwards():
 
 
 @pytest.mark.parametrize("x, said", [
-    (np.zeros((4, 8, 8)), r"x is float64; expected uint8, 0 to 255: from \[0, 1\] by np.uint8\(255 \* x\)"),
-    (torch.zeros(4, 8, 8), "x is torch.float32"), (np.zeros((4, 8, 8), int), "x is int64"), (np.zeros((4, 8, 8), bool), "x is bool"),
+    (np.zeros((4, 8, 8)), r"x is float64; expected uint8, 0 to 255: by np.uint8\(255 \* x\), if it runs from 0 to 1"),
+    (torch.zeros(4, 8, 8), "x is torch.float32"), (np.zeros((4, 8, 8), int), r"x is int64; .* by x.astype\("), (np.zeros((4, 8, 8), bool), "x is bool"),
     (np.zeros((4, 8), np.uint8), r"x is of shape \(4, 8\); expected N×H×W, N×H×W×3 or N×3×H×W"),
     (np.zeros((4, 2, 8, 8), np.uint8), r"shape \(4, 2, 8, 8\)"), (np.zeros((4, 8, 8, 4), np.uint8), r"shape \(4, 8, 8, 4\)"),
     (np.zeros((4, 3, 8, 3), np.uint8), r"shape \(4, 3, 8, 3\)"), (np.zeros((1, 4, 3, 8, 8), np.uint8), r"shape \(1, 4"),
@@ -268,6 +268,31 @@ def test_without_attributes_classes_are_cut(capsys):
     parts = split(from_arrays(numbered(40), [0] * 10 + [1] * 30))
     assert {name: torch.bincount(part.y).tolist() for name, part in parts.items()} == dict(train=[7, 21], valid=[1, 3], test=[2, 6])
     assert all(part.a is None for part in parts.values()) and "not known" in capsys.readouterr().out
+
+
+def test_samples_are_taken_by_number_or_by_yes_and_no():
+    data = from_arrays(numbered(6), [0, 1] * 3, [0, 1, 1, 0, 0, 1])
+    for which in ([2, 3], torch.tensor([2, 3]), data.is_conflicting, data.is_conflicting.numpy(), data.is_conflicting.tolist()):
+        assert numbers(own_data.take(data, which)) == [2, 3]
+    assert numbers(own_data.take(data, [5, 0])) == [5, 0]
+    with pytest.raises(ValueError, match="each of the 6 samples"): own_data.take(data, torch.ones(5, dtype=torch.bool))
+
+
+def test_splits_that_one_brings_along_share_their_numbers(capsys):
+    # By itself, the test split would pair (0, y), (1, x): there they are the more frequent ones.
+    y = ["c0", "c1"] * 10 + ["c0", "c1"] * 4 + ["c0", "c1", "c0"]
+    a = ["x", "y"] * 10 + ["x", "y"] * 4 + ["y", "x", "z"]
+    splits = ["train"] * 20 + ["valid"] * 8 + ["test"] * 3
+    items = [(image, label) for image, label in zip(numbered(31), y)]
+    for made in (lambda: from_arrays(numbered(31), y, a, splits=splits), lambda: from_dataset(items, a, splits=splits)):
+        sets = made()
+        assert [*sets] == [*SPLITS] and [len(data) for data in sets.values()] == [20, 8, 3]
+        assert numbers(sets["test"]) == [28, 29, 30] and sets["test"].is_conflicting.all() and not sets["train"].is_conflicting.any()
+        assert {data.attributes for data in sets.values()} == {("x", "y", "z")}
+        assert "conflicting: 0 of 20 in train, 0 of 8 in valid, 3 of 3 in test" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="splits are test, train; expected train, valid, test"):
+        from_arrays(numbered(2), [0, 1], [0, 1], splits=["train", "test"])
+    with pytest.raises(ValueError, match="splits has 1 labels; expected 2"): from_arrays(numbered(2), [0, 1], splits=["train"])
 
 
 def test_sets_without_names_are_cut_too():
@@ -478,7 +503,7 @@ def test_one_item_is_asked_for_once():
 @pytest.mark.parametrize("items, said", [
     ([], "the data set has no sample"),
     ([(colours[0], 0), (colours[1][:2], 1)], r"image 1 is of shape \(2, 5, 3\), the first of \(4, 5, 3\); expected one size"),
-    ([(torch.rand(3, 4, 5), 0)] * 2, "x is float32; expected uint8"),
+    ([(torch.rand(3, 4, 5), 0)] * 2, "images are float32; expected PIL, or uint8"),
     ([(colours[0], 0), (colours[1], 2)], "y has no 1 between 0 and 2"),
     ([(colours[0], 0), (colours[1], 0)], r"y has the classes \[0\]"),
 ])
@@ -489,3 +514,36 @@ def test_a_data_set_that_does_not_fit_is_refused_in_a_line(items, said):
 
 def test_attributes_of_another_length_are_refused():
     with pytest.raises(ValueError, match="^a has 1 labels; expected 2"): from_dataset([(colours[0], 0), (colours[1], 1)], ["u"])
+
+
+def test_images_of_16_bits_keep_their_range_and_those_of_32_are_refused():
+    # As read_images has it: Pillow's own conversion would make all but black white.
+    ramp = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)
+    data = from_dataset([(Image.fromarray(ramp), 0), (Image.fromarray(ramp), 1)])
+    assert (data.x[0].numpy() == ramp >> 8).all()
+    with pytest.raises(ValueError, match="image 1: its pixels have 32 bits"):
+        from_dataset([(Image.fromarray(ramp), 0), (Image.fromarray(ramp.astype(np.int32)), 1)])
+
+
+def test_a_transform_to_floats_is_named_before_all_images_are_read():
+    class Floats:
+        asked = 0
+        def __len__(self): return 1000
+        def __getitem__(self, index):
+            self.asked += 1
+            return torch.rand(3, 4, 4), index % 2
+    data = Floats()
+    with pytest.raises(ValueError, match="torch.float32|float32.*ToTensor"): from_dataset(data)
+    assert data.asked == 1
+
+
+def test_labels_of_a_column_say_how_to_flatten_them():
+    with pytest.raises(ValueError, match=r"y holds several numbers.*y.ravel\(\)"): from_arrays(numbered(2), np.array([[0], [1]]))
+
+
+def test_spaces_around_names_in_a_table_are_none_of_theirs(folder):
+    table = read_labels(folder / "labels.csv")
+    table.assign(y=[f" {y} " for y in table.y]).to_csv(folder / "spaced.csv", index=False)
+    assert from_folder(folder, "spaced.csv").classes == from_folder(folder).classes
+    table.assign(y=[" ", *table.y[1:]]).to_csv(folder / "empty.csv", index=False)
+    with pytest.raises(ValueError, match="line 2: no y"): from_folder(folder, "empty.csv")

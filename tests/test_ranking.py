@@ -99,7 +99,7 @@ def test_the_price_of_a_rule_is_a_mean_over_methods_of_a_mean_over_seeds():
 
 def test_ratios_are_those_of_the_settings():
     assert ratios(ROWS) == dict(red=.01, blue=.5)
-    with pytest.raises(ValueError, match="settings red, blue, green share a conflict ratio"): ratios(ROWS | {("green", "ERM"): stored([.1], 1)})
+    with pytest.raises(ValueError, match="red and green share the conflict ratio 0.01"): ratios(ROWS | {("green", "ERM"): stored([.1], 1)})
 
 
 def test_pairs_are_compared_seed_by_seed_and_starred_where_zero_is_left_out():

@@ -1,10 +1,13 @@
 "Results: what a table divides by, and what is said where a row is missing."
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
+from matplotlib.colors import to_rgba
 
 from rest_nb.configs import DATASETS
-from rest_nb.results import SETS, differences, ends, load_rows, means, table
+from rest_nb.results import METHOD_COLOURS, SETS, accuracy_figure, colours, differences, ends, load_rows, means, table
 
 ROOT = Path(__file__).parents[1]
 ACCURACIES = dict.fromkeys(("conflicting", "worst_group", "worst_cell", "unbiased"), .5)
@@ -73,3 +76,27 @@ def test_a_missing_row_says_which_pipeline_makes_it(tmp_path):
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "nbs").glob("2*.ipynb"))], ids=lambda path: path.stem)
 def test_no_sentence_is_left_open(path): assert "TODO" not in path.read_text()
+
+
+def test_who_was_not_timed_has_a_dash_and_the_others_their_seconds():
+    rows = {("red", name): stored(1, 1, 1, 1) for name in ("ERM", "Mine")}
+    seconds = dict(methods=dict(ERM=dict(seconds=2.), ReW=dict(seconds=1.)))
+    assert [*table(rows, seconds).seconds] == ["1.00×", "–"]
+    assert [*table(rows, dict(methods=dict(Mine=dict(seconds=1.)))).seconds] == ["–", "–"]
+
+
+def test_a_difference_to_nobody_is_refused():
+    run = lambda seed: dict(seed=seed, **{state: ACCURACIES for state in ("selected", "last")})
+    rows = {("red", name): dict(config=dict(conflict_ratio=.01), runs=[run(seed)]) for name, seed in (("ERM", 1), ("REST", 1), ("Late", 2))}
+    for pair in (("REST", "ERN"), ("REST", "Late")):
+        with pytest.raises(ValueError, match=f"red: REST and {pair[1]} share no seed; expected two of ERM, REST, Late"): differences(rows, [pair])
+
+
+def test_methods_of_ones_own_have_a_colour_in_the_pictures():
+    tested = pd.DataFrame([dict(method=name, conflicting=.5, conflict_ratio=.01) for name in ("ERM", "Mine", "Yours")])
+    figure = accuracy_figure(tested)
+    drawn = {tuple(points.get_facecolor()[0]) for points in figure.axes[0].collections if len(points.get_offsets())}
+    assert len(drawn) == 3 and to_rgba(METHOD_COLOURS["ERM"]) in drawn
+    many = colours([f"method {n}" for n in range(20)])
+    assert len(many) == 20 and not set(many.values()) & set(METHOD_COLOURS.values())
+    plt.close("all")

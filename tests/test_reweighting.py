@@ -216,3 +216,16 @@ def test_cross_entropy_by_hand_whatever_the_index():
     for index in (torch.tensor([3, 0]), None):
         value = cross_entropy(logits, torch.tensor([1, 1]), index).item()
         assert value == pytest.approx((math.log(2) + math.log(4 / 3)) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", [93.75, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("batches", [lambda steps: shuffled_batches(9, 3, steps, seeded(0)), lambda steps: weighted_batches(torch.ones(9), 3, steps, seeded(0))])
+def test_batches_without_end_are_refused(batches, steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}; expected a whole number"): batches(steps)
+    assert len(list(batches(4.))) == 4
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_empty_batches_are_refused(size):
+    with pytest.raises(ValueError, match=f"batch_size is {size}"): shuffled_batches(9, size, 2, seeded(0))
+    with pytest.raises(ValueError, match=f"batch_size is {size}"): weighted_batches(torch.ones(9), size, 2, seeded(0))

@@ -120,3 +120,16 @@ def test_where_weights_lie_in_percent():
     table = sweeps.places_table(dict(SET=stored, RigL=stored))
     assert list(table.index) == ["SET", "RigL"]
     assert table.loc["SET"].to_dict() == pytest.approx({"density": 5, "travel": 30, "explored": 3, "overlap": 35, "by chance": 5, "dead, layer 1": 40, "dead, layer 2": 60})
+
+
+def test_an_option_that_is_no_field_is_read_from_the_part():
+    assert sweeps.option(dict(sparsity="pruning.ITOP(longer=2)"), "sparsity", "longer") == 2
+    with pytest.raises(KeyError): sweeps.option(dict(sparsity="masks.SET"), "sparsity", "longer")
+
+
+def test_reweighting_adds_to_the_seeds_that_all_four_have():
+    rows = {("a", name): row(shares, .02) for name, shares in dict(ERM=[.1, .2, .9], ReW=[.3, .4], RigL=[.0, .1], REST=[.5, .6]).items()}
+    found = sweeps.interactions(rows).loc["a"]
+    assert found["dense"] == "+20.0 ± 0.0 *" and found["sparse - dense"] == "+30.0 ± 0.0 *" and found.n == 2
+    with pytest.raises(ValueError, match="a has no RigL; expected all of ERM, ReW, RigL, REST"):
+        sweeps.interactions({name: stored for name, stored in rows.items() if name[1] != "RigL"})

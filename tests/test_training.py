@@ -1,5 +1,6 @@
 """Training: against a loop written by hand, and definitions of what is selected, and when who is called."""
 import copy
+import dataclasses
 import functools
 import inspect
 import math
@@ -491,3 +492,31 @@ def test_the_test_split_is_asked_for_once_and_after_the_last_step(sparsity):
     run_seed(config, 41, split, progress)
     assert sorted(log[:2]) == ["train", "valid"] and log[2:] == ["step"] * 6 + ["test"]
     assert not [name for name in inspect.signature(fit).parameters if "test" in name]
+
+
+# --- selecting without attributes ----------------------------------------------------------------------
+
+def test_without_attributes_the_average_is_told_and_selects():
+    "By the same network asked with attributes, of which the average does not ask."
+    known, model = small(), small()
+    blind = dataclasses.replace(VALID, a=None)
+    told = fit(known, sgd(known), TRAIN, VALID, some_batches(12), eval_every=3)
+    fitted = fit(model, sgd(model), dataclasses.replace(TRAIN, a=None), blind, some_batches(12), eval_every=3)
+    assert [*fitted.best] == ["unbiased"] and fitted.best["unbiased"][0] == told.best["unbiased"][0]
+    for entry, other in zip(fitted.history, told.history, strict=True):
+        assert entry == {name: other[name] for name in ("step", "loss", "unbiased", "unbiased_n")}
+    right = sum(int(model.eval()(VALID.x[i:i + 1].float() / 255).argmax() == VALID.y[i]) for i in range(len(VALID)))
+    assert validate(model, blind) == dict(unbiased=right / len(VALID), unbiased_n=len(VALID))
+
+
+@pytest.mark.parametrize("conflict, said", [(0, "0 of 90"), (1, "90 of 90")])
+def test_validation_with_one_group_only_is_refused_before_the_first_step(conflict, said):
+    model, lone = small(), dataclasses.replace(VALID, a=(VALID.y + conflict) % 10)
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=f"{said} validation samples conflict"): fit(model, sgd(model), TRAIN, lone, some_batches(3), eval_every=1)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_an_evaluation_every_0_steps_is_refused():
+    model = small()
+    with pytest.raises(ValueError, match="eval_every is 0; expected 1 step"): fit(model, sgd(model), TRAIN, VALID, some_batches(3), eval_every=0)

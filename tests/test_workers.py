@@ -120,7 +120,7 @@ def test_a_study_is_what_is_pending_and_searches_come_first(tmp_path, monkeypatc
         return {("blobs", "it"): ValueError("no")} if function.func.__name__ == "search" else {}
     monkeypatch.setattr(workers, "do_all", inline)
     monkeypatch.setattr(workers, "client", lambda where: contextlib.nullcontext())
-    failed = train(root, 2, ["tiny", "rivals"])
+    failed = train(root, 2, ["tiny", "rivals", "tiny"])  # a budget that is named twice is trained once
     assert asked == [("search", "blobs", "ERM"), ("search", "blobs", "it"), ("row", "tiny", "blobs", "ERM"), ("row", "tiny", "blobs", "it"),
                      ("row", "rivals", "blobs", "ERM")]  # the other has no settings yet
     assert [*failed] == [("blobs", "it")]
