@@ -44,7 +44,7 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Bring the stored long studies, their pages and the README's table up to date (some six hours; JOBS=4: four rows at once)
+study: install ## Bring the stored long studies, their pages and the README's table up to date (some eight hours; JOBS=4: four rows at once)
 	$(if $(JOBS),dvc repro sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu densities dynamics upweights widths audit audit-005 objects widths-objects audit-objects $(if $(REST_NB_FACES),faces))
 	dvc repro cpu objects sweeps@densities sweeps@dynamics sweeps@upweights sweeps@widths sweeps@widths-objects sweeps@audit sweeps@audit-005 sweeps@audit-objects
 	dvc repro looks places

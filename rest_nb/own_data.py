@@ -132,7 +132,7 @@ def report(sets):
     print("aligned (y, a):", ", ".join(pairs) or "not known")
     if pairs: print("conflicting:", ", ".join(f"{int(data.is_conflicting.sum())} of {len(data)} in {split}"
                                               for split, data in sets.items()))
-    print("without a sample:", ", ".join(empty) or "no cell")
+    print("without a sample:", ", ".join(empty[:12]) or "no cell", *[f"and {len(empty) - 12} more"] * (len(empty) > 12))
 
 # %% ../nbs/01_own_data.ipynb #8c2d9f89
 def split_counts(n, shares):

@@ -270,6 +270,14 @@ def test_without_attributes_classes_are_cut(capsys):
     assert all(part.a is None for part in parts.values()) and "not known" in capsys.readouterr().out
 
 
+def test_many_empty_cells_are_counted_rather_than_listed(capsys):
+    n = 30
+    data = from_arrays(numbered(n), [f"y{i:02}" for i in range(n)], [f"a{i:02}" for i in range(n)])
+    report({"all": data})
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("without a sample: all (y00, a01), ") and last.endswith(f"(y00, a12) and {n * (n - 1) - 12} more")
+
+
 def test_samples_are_taken_by_number_or_by_yes_and_no():
     data = from_arrays(numbered(6), [0, 1] * 3, [0, 1, 1, 0, 0, 1])
     for which in ([2, 3], torch.tensor([2, 3]), data.is_conflicting, data.is_conflicting.numpy(), data.is_conflicting.tolist()):
