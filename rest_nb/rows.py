@@ -189,9 +189,10 @@ def run_row(root, budget, setting, method, is_alone=True):
     trained_by = dict.fromkeys(stored["trained_by"].split() if runs else ())
     missing = [seed for seed in config.seeds if seed not in runs]
     is_alone = is_alone and (not runs or read_json(timed, {}).get("is_alone", True))  # all whose seconds are told
-    todo = len({*(pending(root, params, budget) if missing else ()), (setting, method)}) * len(config.seeds) * config.steps
+    every = itertools.product(named(params, budget, "settings"), named(params, budget, "methods"))
+    todo = len({*(row for row in every if not row_path(root, budget, *row).is_file()), (setting, method)}) * len(config.seeds) * config.steps
     with tqdm(total=todo, unit="step", mininterval=2, disable=not missing,
-              bar_format="{desc} |{bar:20}| of all that is left: {percentage:.0f} %, {remaining} to go",
+              bar_format="{desc}{postfix}, {elapsed} |{bar:20}| of all that is missing: {percentage:.0f} %, {remaining} to go",
               file=sys.stderr) as bar:
         bar.update((len(config.seeds) - len(missing)) * config.steps)
         for seed in missing:
@@ -200,7 +201,7 @@ def run_row(root, budget, setting, method, is_alone=True):
             stored = read_json(part, {})
             if not computes_as(stored.get("made", {}), made):
                 checkpoint = Checkpoint(part.with_suffix(".checkpoint"), made, split("train"))
-                result, taken = run_seed(config, seed, split, lambda steps: ticking(steps, bar), checkpoint)
+                result, taken = run_seed(config, seed, split, lambda steps: ticking(steps, bar, len(split("train")) / config.batch_size), checkpoint)
                 stored = dict(made=made, result=result, seconds=taken, is_alone=is_alone)
                 write_json(part, stored)
                 if is_first(): checkpoint.clear()
@@ -220,10 +221,13 @@ def run_row(root, budget, setting, method, is_alone=True):
     return result
 
 
-def ticking(steps, bar):
-    "The `steps` (a `Steps`), moving `bar` by one for each, and by those that it has made already."
+def ticking(steps, bar, epoch):
+    """The `steps` (a `Steps`), moving `bar` by one for each, and by those that it has made already; the bar tells the epoch, too,
+    `epoch` being the steps that one has.
+    """
     bar.update(steps.number)
     for step in steps:
+        bar.set_postfix_str(f"epoch {1 + int((steps.number - 1) / epoch)}", refresh=False)
         bar.update()
         yield step
 

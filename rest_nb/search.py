@@ -76,7 +76,7 @@ def search_row(root, setting, method):
         for number, (fields, config) in enumerate(zip(tried, configs), 1):
             bar.set_description_str(f"search {setting} {method} {number}/{len(tried)}")
             found = next((entry for entry in earlier["candidates"] if entry["fields"] == fields), None)
-            if found is None: found = dict(fields=fields, **judge(config, split, lambda steps: ticking(steps, bar)))
+            if found is None: found = dict(fields=fields, **judge(config, split, lambda steps: ticking(steps, bar, len(split("train")) / config.batch_size)))
             else: bar.update(config.steps)
             result["candidates"].append(found)
             write_json(part, result)
