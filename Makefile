@@ -44,17 +44,15 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Bring the stored long studies, their pages and the README's table up to date (some eight hours; JOBS=4: four rows at once)
+study: install ## Bring the stored long studies, their pages and the README's table up to date (some ten hours; JOBS=4: four rows at once)
 	$(if $(JOBS),dvc repro sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu densities dynamics upweights widths audit audit-005 objects widths-objects audit-objects $(if $(REST_NB_FACES),faces))
-	dvc repro cpu objects sweeps@densities sweeps@dynamics sweeps@upweights sweeps@widths sweeps@widths-objects sweeps@audit sweeps@audit-005 sweeps@audit-objects
-	dvc repro looks places
-	$(if $(REST_NB_FACES),dvc repro runs/faces/dvc.yaml:faces)
+	dvc repro --keep-going cpu objects sweeps@densities sweeps@dynamics sweeps@upweights sweeps@widths sweeps@widths-objects sweeps@audit sweeps@audit-005 sweeps@audit-objects looks places $(if $(REST_NB_FACES),runs/faces/dvc.yaml:faces)
 	for budget in cpu objects densities dynamics upweights widths audit; do $(RUN) page $$budget || exit; done
 	$(RUN) rerun nbs/28_cost.ipynb nbs/29_looks.ipynb nbs/2b_claims.ipynb
 
 rivals: install ## Search settings for the 35 methods of the ranking, train all, execute their page (about three hours)
 	$(if $(JOBS),dvc repro sets && $(RUN) train $(JOBS) rivals)
-	dvc repro runs/rivals/dvc.yaml:rivals
+	dvc repro --keep-going runs/rivals/dvc.yaml:rivals
 	$(RUN) page rivals
 
 speed: install ## Time networks, and the making of batches, on this machine (10 minutes, nothing else running)

@@ -170,7 +170,7 @@ def show(root, budget):
     "Print the table of a BUDGET and where its executed notebooks are."
     from rest_nb.results import SETS, load_rows, load_seconds, table
     rows = load_rows(root, budget)
-    print(f"\n{SETS[next(iter(rows.values()))['config']['dataset']]}, budget {budget}: accuracy in percent, mean ± sd over n seeds; "
+    print(f"\n{SETS[next(iter(rows.values()))['config']['dataset']]}, budget {budget}: accuracy in percent, mean ± half a 95 % t-interval over n seeds; "
           "FLOPs and seconds of training, of ERM's\n")
     print(table(rows, load_seconds(root, budget)).to_string(index=False))
     name, is_stored = page_of(budget)

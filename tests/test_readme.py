@@ -2,7 +2,7 @@
 import re
 from pathlib import Path
 
-from rest_nb.results import MARKS, readme_table, with_table
+from rest_nb.results import MARKS, all_rows, ends, readme_table, with_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -11,6 +11,11 @@ README = (ROOT / "README.md").read_text()
 def test_table_is_that_of_the_stored_runs():
     assert with_table(README, readme_table(ROOT)) == README
     assert README.index(MARKS[1]) < 3500  # on the first screen
+
+
+def test_the_worst_group_is_shown_where_it_is_another_than_the_conflicting_one():
+    shown = [run["selected"] for rows in all_rows(ROOT).values() for row in ends(rows).values() for run in row["runs"]]
+    assert ("worst group" in readme_table(ROOT).split("\n")[0]) == any(run["worst_group"] != run["conflicting"] for run in shown)
 
 
 def test_code_blocks_run():

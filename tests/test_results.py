@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgba
 
 from rest_nb.configs import DATASETS
-from rest_nb.results import METHOD_COLOURS, SETS, accuracy_figure, colours, differences, ends, load_rows, means, table
+from rest_nb.results import METHOD_COLOURS, SETS, accuracy_figure, colours, columns, differences, ends, interval, load_rows, means, table
 
 ROOT = Path(__file__).parents[1]
 ACCURACIES = dict.fromkeys(("conflicting", "worst_group", "worst_cell", "unbiased"), .5)
@@ -50,6 +50,17 @@ def test_differences_are_seed_by_seed_and_of_the_group_asked_for():
     found = differences(rows, [("A", "B"), ("A", "C")], "worst_group")
     assert [*found.selected] == [*found["last"]] == ["+20.0 ± 24.8"] * 2 and [*found.p] == ["0.148"] * 2 and [*found.n] == [3, 3]
     assert differences(rows, [("A", "B")]).selected.item() == "+0.0 ± 0.0"
+
+
+def test_accuracies_come_with_the_interval_of_their_mean():
+    "Of .1, .2, .3, as above; one seed has none."
+    row = stored(1, 1, 1, 1)
+    row["runs"] = [dict(seed=n, selected=dict(ACCURACIES, conflicting=share)) for n, share in enumerate((.1, .2, .3))]
+    assert table({("red", "ERM"): row}).conflicting.item() == interval([.1, .2, .3]) == "20.0 ± 24.8"
+    assert table({("red", "ERM"): stored(1, 1, 1, 1)}).conflicting.item() == f"{100 * ACCURACIES['conflicting']:.1f}"
+
+
+def test_many_panels_stand_four_in_a_row(): assert [columns(panels) for panels in (1, 2, 4, 5, 7)] == [1, 2, 2, 4, 4]
 
 
 def test_the_readme_shows_the_ends_of_many_conflict_ratios():
