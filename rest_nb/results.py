@@ -173,7 +173,7 @@ def learning_figure(history, measure="conflicting", by="conflict_ratio"):
                        palette=colours(history.method.unique()), kind="line", errorbar=("pi", 100), height=2.8, aspect=1.3)
     for name, ax in grid.axes_dict.items():
         n = int(history[history[by] == name].conflicting_n.iloc[0])
-        ax.set_title(f"{'conflict ratio ' if by == 'conflict_ratio' else ''}{name} ({n} images)")
+        ax.set_title(f"{'conflict ratio ' if by == 'conflict_ratio' else ''}{name} ({n} images)", fontsize="medium")
         ax.grid(axis="y", lw=.4)
     grid.set_axis_labels("step", measure.replace("_", " ")).set(ylim=(0, None))
     return grid.figure
