@@ -907,11 +907,12 @@ class Bar:
     "Stands in for tqdm and keeps what it is told."
     bars = []
     def __init__(self, total, file, disable, **look):
-        self.total, self.done, self.file = total, 0, file
+        self.total, self.done, self.file, self.told = total, 0, file, []
         if not disable: Bar.bars.append(self)
     def __enter__(self): return self
     def __exit__(self, *error): return False
     def set_description_str(self, text): self.text = text
+    def set_postfix_str(self, text, refresh): self.told.append(text)
     def update(self, n=1): self.done += n
 
 
@@ -931,6 +932,20 @@ def test_the_progress_bar_counts_all_that_is_left(root, monkeypatch):
     assert [bar.done for bar in Bar.bars] == [8, 4, 8, 8]
     assert "seed 2/2" in Bar.bars[-1].text and "ReW" in Bar.bars[-1].text
     assert all(bar.file is sys.stderr for bar in Bar.bars)  # which `clean` takes out of a notebook
+
+
+def test_the_progress_bar_tells_the_epoch():
+    "Of two steps and a half: the third step begins in the first, the fourth in the second. Taken up after the first step."
+    class Counted:
+        number = 1
+        def __iter__(self): return self
+        def __next__(self):
+            if self.number == 6: raise StopIteration
+            self.number += 1
+            return self.number, 0.
+    bar = Bar(6, sys.stderr, disable=True)
+    assert [number for number, _ in keeping.ticking(Counted(), bar, 2.5)] == [2, 3, 4, 5, 6]
+    assert bar.told == ["epoch 1", "epoch 1", "epoch 2", "epoch 2", "epoch 3"] and bar.done == 6
 
 
 def other_config(root, monkeypatch): write_params(root, edited("common", lr=.04))
