@@ -53,14 +53,17 @@ def build(root, config):
 
 
 def compile(root):
-    "Compile the kernels of compact layers and leave them in Numba's cache."
+    "Compile the kernels of compact layers and frozen networks, and leave them in Numba's cache."
     import torch
     from rest_nb.data import BiasedDataset
+    from rest_nb.inference import freeze
+    from rest_nb.models import cnn
     from rest_nb.configs import Config
     from rest_nb.experiments import run_seed
     noise = BiasedDataset(torch.randint(0, 256, (40, 3, 28, 28)).byte(), torch.arange(40) % 10, torch.arange(40) // 4)
     run_seed(Config(sparsity="masks.RigL", reweighting="reweighting.sample", width=8, batch_size=16, steps=4, eval_every=2), 0,
              lambda split: noise)
+    freeze(cnn(width=8))(torch.rand(1, 3, 28, 28))
 
 
 def row(root, budget, setting, method):

@@ -23,6 +23,7 @@ from . import sparse
 from .batches import assemble
 from .cost import alternate
 from .data import BiasedDataset
+from .inference import freeze
 from .masks import StaticSparse
 from .models import cnn, resnet18
 from .training import logits_of, train_step
@@ -65,14 +66,15 @@ def training_step(network, kind, batch, **size):
     return lambda: train_step(model, optimizer, data, index, hooks=hooks, precision=precision, inputs=inputs(kind))
 
 
-def inference(network, kind, batch):
-    "A function that asks the network, in evaluation mode, about one batch."
+def inference(network, kind, batch, is_frozen=False):
+    "A function that asks the network, in evaluation mode or frozen, about one batch."
     model, _, _, precision = contestant(network, kind)
     x = noise(network, batch).x
     model.eval()
+    frozen = freeze(model) if is_frozen else None
 
     @torch.no_grad()
-    def ask(): logits_of(model, x, precision, inputs(kind))
+    def ask(): frozen(inputs(kind)(x)) if is_frozen else logits_of(model, x, precision, inputs(kind))
     return ask
 
 # %% ../nbs/0e_speed.ipynb #bf1a287c
@@ -193,14 +195,15 @@ def epoch_seconds(config, data):
 
 # %% ../nbs/0e_speed.ipynb #fc4318a9
 def measure(network, densities=DENSITIES, rounds=20, batch=256):
-    "Everything about one network: a dict of plain numbers, seconds and bytes."
+    "Everything about one network: a dict of plain numbers, seconds and bytes. `frozen …` has the rivals' seconds of the same rounds once more."
     kinds = (*RIVALS, *densities)
-    seconds = {}
-    for name, make in dict(training=lambda kind: training_step(network, kind, batch),
-                           inference=lambda kind: inference(network, kind, batch),
-                           single=lambda kind: inference(network, kind, 1)).items():
-        taken = alternate({kind: make(kind) for kind in kinds}, rounds)
-        seconds[name] = {str(kind): value for kind, value in taken.items()}
+    named = lambda taken: {str(kind): value for kind, value in taken.items()}
+    seconds = dict(training=named(alternate({kind: training_step(network, kind, batch) for kind in kinds}, rounds)))
+    for name, n in dict(inference=batch, single=1).items():
+        taken = alternate({kind: inference(network, kind, n) for kind in kinds}
+                          | {("frozen", density): inference(network, density, n, is_frozen=True) for density in densities}, rounds)
+        seconds[name] = named({kind: taken[kind] for kind in kinds})
+        seconds[f"frozen {name}"] = named({rival: taken[rival] for rival in RIVALS} | {density: taken["frozen", density] for density in densities})
     return dict(batch=batch, rounds=rounds, **seconds, state={str(kind): state_bytes(network, kind) for kind in kinds},
                 peak={str(kind): peak_bytes(network, kind, batch) for kind in (*RIVALS, .005)})
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rest_nb import results, sparse, speed
+from rest_nb import results, sparse, speed, training
 from rest_nb.models import cnn
 
 
@@ -27,6 +27,20 @@ def test_a_step_trains_and_inference_does_not(tiny):
     losses = [step() for _ in range(30)]
     assert losses[-1] < .9 * losses[0]  # the same batch, learned by heart
     assert speed.inference(tiny, .1, batch=3)() is None
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_who_is_asked_is_frozen_or_not(tiny, monkeypatch, is_frozen):
+    asked, real = [], speed.freeze
+    def spied(model):
+        frozen = real(model)
+        return lambda x: asked.append(frozen(x)) or asked[-1]
+    monkeypatch.setattr(speed, "freeze", spied)
+    speed.inference(tiny, .1, batch=3, is_frozen=is_frozen)()
+    if not is_frozen: assert asked == []
+    else:
+        usual = training.ask(speed.contestant(tiny, .1)[0], speed.noise(tiny, 3).x, inputs=speed.inputs(.1))
+        assert torch.allclose(*asked, usual, atol=1e-5)
 
 
 def test_state_is_counted_by_hand(tiny):
@@ -57,8 +71,9 @@ def test_the_limit_counts_what_lies_inside_the_image(tiny, monkeypatch):
 def test_measure_has_a_figure_for_everybody(tiny, monkeypatch):
     monkeypatch.setattr(speed, "peak_bytes", lambda network, kind, batch: 1)
     found = speed.measure(tiny, densities=(.1, .2), rounds=1, batch=4)
-    for what in ("training", "inference", "single", "state"):
+    for what in ("training", "inference", "single", "frozen inference", "frozen single", "state"):
         assert list(found[what]) == [*speed.RIVALS, "0.1", "0.2"] and min(found[what].values()) > 0
+    assert found["frozen single"]["masked"] == found["single"]["masked"] and found["frozen single"]["0.1"] != found["single"]["0.1"]
     assert results.speed_ratios(found).loc["0.1", "masked"] == found["training"]["masked"] / found["training"]["0.1"]
 
 
