@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .configs import read_params
-from .metrics import over_seeds
+from .metrics import holm, over_seeds
 from .results import accuracies, interval, paired_difference
 from .rows import read_json
 from .search import candidates
@@ -84,20 +84,22 @@ def ratios(rows):
 def compared(rows, pairs, states=("selected", "last")):
     """Paired differences in conflicting test accuracy, in points ± half a 95 % t-interval, a line for each (method, rival).
 
-    Columns: conflict ratio, and which of the `states` (also `average` or `oracle`). A star: the interval leaves 0 out.
+    Columns: conflict ratio, and which of the `states` (also `average` or `oracle`). A star: the interval leaves 0 out; two: it would
+    too (p < 0.05 by Holm) if corrected for all that the table asks of such states.
     """
-    tested, lines = {state: accuracies(rows, state) for state in states}, {}
-    for method, rival in pairs:
-        line = lines[f"{method} - {rival}"] = {}
-        for setting, ratio in ratios(rows).items():
-            for state in states:
-                line[ratio, state] = starred(paired_difference(tested[state], setting, method, rival))
-    return pd.DataFrame(lines).T
+    columns, cells = [(ratio, state) for ratio in ratios(rows).values() for state in states], {}
+    for state in states:
+        tested = accuracies(rows, state)
+        asked = {(f"{method} - {rival}", (ratio, state)): paired_difference(tested, setting, method, rival)
+                 for method, rival in pairs for setting, ratio in ratios(rows).items()}
+        cells |= {cell: starred(s, p < .05) for (cell, s), p in zip(asked.items(), holm([s["p"] for s in asked.values()]))}
+    lines = dict.fromkeys(line for line, _ in cells)
+    return pd.DataFrame({line: {column: cells[line, column] for column in columns} for line in lines}).T
 
 
-def starred(s):
-    "A difference of shares, with `mean` and `ci95`, in points: '+1.5 ± 0.4 *'. A star: the interval leaves 0 out."
-    return f"{100 * s['mean']:+.1f} ± {100 * s['ci95']:.1f}" + " *" * (abs(s["mean"]) > s["ci95"])
+def starred(s, is_firm=False):
+    "A difference of shares, with `mean` and `ci95`, in points: '+1.5 ± 0.4 *'. A star: the interval leaves 0 out; two if it `is_firm` as well."
+    return f"{100 * s['mean']:+.1f} ± {100 * s['ci95']:.1f}" + (" **" if is_firm else " *" * (abs(s["mean"]) > s["ci95"]))
 
 # %% ../nbs/0f_ranking.ipynb #0217f506
 def stopped(rows, methods):

@@ -106,9 +106,19 @@ def test_pairs_are_compared_seed_by_seed_and_starred_where_zero_is_left_out():
     rows = {("red", "A"): stored([.5, .7, .9], 1), ("red", "B"): stored([.4, .6, .8], 1), ("red", "C"): stored([.9, .5, .7], 1)}
     table = compared(rows, [("A", "B"), ("B", "A"), ("A", "C")], states=("selected", "average"))
     assert [*table.columns] == [(.01, "selected"), (.01, "average")] and [*table.index] == ["A - B", "B - A", "A - C"]
-    assert [*table[.01, "selected"]][:2] == ["+10.0 ± 0.0 *", "-10.0 ± 0.0 *"] == [*table[.01, "average"]][:2]
+    assert [*table[.01, "selected"]][:2] == ["+10.0 ± 0.0 **", "-10.0 ± 0.0 **"] == [*table[.01, "average"]][:2]
     sd = math.sqrt((40 ** 2 + 20 ** 2 + 20 ** 2) / 2)  # of -40, +20, +20
     assert table[.01, "selected"]["A - C"] == f"+0.0 ± {HALF * sd:.1f}"
+
+
+def test_a_second_star_is_for_what_survives_all_that_is_asked_of_such_states():
+    "For two degrees of freedom p = 1 - t / √(t² + 2): t = 7 gives 0.0198, which Holm's method takes times 1, 2 or 3 questions, and of them 0.0594 is too much."
+    spread = 7 / math.sqrt(3)
+    rows = {("red", "A"): stored([.5, .5, .5], 1), ("red", "B"): stored([.5 - .02 * (spread + d) for d in (-1, 0, 1)], 1),
+            ("red", "C"): stored([.5 - .02 * (spread + d) for d in (0, 1, -1)], 1)}
+    ends = lambda *pairs: [cell.split(f"{2 * HALF:.1f}")[1] for cell in compared(rows, pairs, ["selected", "average"])[.01, "selected"]]
+    assert ends(("A", "B")) == [" **"] and ends(("A", "B"), ("A", "C")) == [" **", " **"]
+    assert ends(("A", "B"), ("A", "C"), ("B", "A")) == [" *", " *", " *"]  # what is asked of averages does not count
 
 
 def test_what_stopping_early_adds_is_selected_less_last_seed_by_seed():
