@@ -625,6 +625,7 @@ d = { 'settings': { 'branch': 'main',
             'rest_nb.workers': { 'rest_nb.workers.begin': ('workers.html#begin', 'rest_nb/workers.py'),
                                  'rest_nb.workers.client': ('workers.html#client', 'rest_nb/workers.py'),
                                  'rest_nb.workers.do_all': ('workers.html#do_all', 'rest_nb/workers.py'),
+                                 'rest_nb.workers.held': ('workers.html#held', 'rest_nb/workers.py'),
                                  'rest_nb.workers.row': ('workers.html#row', 'rest_nb/workers.py'),
                                  'rest_nb.workers.search': ('workers.html#search', 'rest_nb/workers.py'),
                                  'rest_nb.workers.train': ('workers.html#train', 'rest_nb/workers.py')}}}

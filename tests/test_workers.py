@@ -6,6 +6,8 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import dask
@@ -124,3 +126,25 @@ def test_a_study_is_what_is_pending_and_searches_come_first(tmp_path, monkeypatc
     assert asked == [("search", "blobs", "ERM"), ("search", "blobs", "it"), ("row", "tiny", "blobs", "ERM"), ("row", "tiny", "blobs", "it"),
                      ("row", "rivals", "blobs", "ERM")]  # the other has no settings yet
     assert [*failed] == [("blobs", "it")]
+    asked.clear()
+    made = {("search", "blobs", "it"), ("row", "tiny", "blobs", "ERM"), ("row", "rivals", "blobs", "it")}
+    monkeypatch.setattr(workers, "held", lambda root: made)
+    train(root, 2, ["tiny", "rivals"])
+    assert asked == [("search", "blobs", "ERM"), ("row", "tiny", "blobs", "it"), ("row", "rivals", "blobs", "ERM")]
+
+
+def test_dvc_tells_what_is_made(tmp_path):
+    def dvc(*args): subprocess.run([sys.executable, "-m", "dvc", *args], cwd=tmp_path, check=True, capture_output=True)
+    assert workers.held(tmp_path) == set()
+    dvc("init", "--no-scm")
+    (tmp_path / "nested").mkdir()
+    for folder, commands in ((".", ["row tiny red ERM", "row tiny red REST", "table tiny"]), ("nested", ["search red ERM"])):
+        for i, command in enumerate(commands): (tmp_path / folder / f"made{i}").write_text("1"), (tmp_path / folder / f"from{i}").write_text("1")
+        (tmp_path / folder / "dvc.yaml").write_text(json.dumps(dict(stages={f"stage{i}": dict(cmd=f"python -m rest_nb {command}", deps=[f"from{i}"], outs=[f"made{i}"])
+                                                                            for i, command in enumerate(commands)})))
+    assert workers.held(tmp_path) == set()
+    dvc("commit", "--force")
+    dvc("commit", "--force", "nested/dvc.yaml")
+    assert workers.held(tmp_path) == {("row", "tiny", "red", "ERM"), ("row", "tiny", "red", "REST"), ("search", "red", "ERM")}
+    (tmp_path / "from1").write_text("2")
+    assert workers.held(tmp_path) == {("row", "tiny", "red", "ERM"), ("search", "red", "ERM")}
