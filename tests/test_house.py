@@ -1,5 +1,6 @@
 "The rules of the house: who imports whom, what DVC depends on, what git holds."
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import yaml
 
 from rest_nb.configs import configure, named, read_params
 from rest_nb.masks import keep_counts, maskable
+from rest_nb.results import load_rows
 from rest_nb.rows import code_of
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +66,7 @@ def rows_stage(budget):
 
 
 PAPER = ["paper", "paper-objects", "paper-faces"]
-SWEEPS = ["densities", "upweights", "widths", "widths-objects", "dynamics", "audit", "audit-005", "audit-objects"]
+SWEEPS = ["densities", "upweights", "upweights-001", "upweights-002", "widths", "widths-objects", "dynamics", "audit", "audit-005", "audit-objects"]
 
 
 def fields_of(budget):
@@ -134,6 +136,13 @@ def imported_by_notebook(path):
 def test_every_sweep_has_its_accuracies(): assert stages()["sweeps"]["matrix"]["budget"] == SWEEPS
 
 
+def test_make_study_trains_and_shows_every_sweep():
+    recipe = (ROOT / "Makefile").read_text().split("\nstudy:")[1].split("\nrivals:")[0]
+    at_once, = re.findall(r"train \$\(JOBS\) ([\w -]+)", recipe)
+    assert {"cpu", "objects", *SWEEPS} == set(at_once.split())
+    assert {"cpu", "objects", "sweeps", "looks", "places"} <= set(re.findall(r"dvc repro --keep-going ([\w ]+)", recipe)[0].split())
+
+
 def test_every_set_is_built_and_every_setting_is_some_budgets():
     params = read_params(ROOT / "params.yaml")
     for stage, budget, dataset in (("sets", "paper", "cmnist"), ("sets-objects", "paper-objects", "cifar10c")):
@@ -170,6 +179,24 @@ def test_quick_is_cached_and_cpu_is_in_git():
         assert notebook == {"cache": False} and result == {"cache": False, "persist": True}
     kept = subprocess.run(["git", "check-ignore", "runs/quick/x", "runs/cpu/x"], cwd=ROOT, capture_output=True, text=True).stdout
     assert kept.split() == ["runs/quick/x"]
+
+
+def dvc(*args): return subprocess.run([sys.executable, "-m", "dvc", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_dvc_shows_the_stored_metrics():
+    path = "runs/cpu/metrics.json"
+    shown = json.loads(dvc("metrics", "show", "--json", path))
+    assert shown[""]["data"][path]["data"] == json.loads((ROOT / path).read_text())
+
+
+def test_dvc_plots_every_seed_in_the_panel_of_its_setting(tmp_path):
+    page = (Path(dvc("plots", "show", "--out", str(tmp_path)).strip().removeprefix("file://"))).read_text()
+    spec = json.loads(re.search(r"var spec = (\{.*?\});\n", page, re.S)[1])
+    held = {(row["setting"], row["method"], int(row["seed"]), float(row["conflicting"])) for row in spec["data"]["values"]}
+    assert spec["facet"]["field"] == "setting" and spec["spec"]["encoding"]["x"]["field"] == "method"
+    assert held == {(setting, method, run["seed"], run["selected"]["conflicting"]) for budget in ("cpu", "objects")
+                    for (setting, method), row in load_rows(ROOT, budget).items() for run in row["runs"]}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
