@@ -92,6 +92,7 @@ def train(root, where, budgets, told=functools.partial(print, file=sys.stderr)):
     params, failed = read_params(root / "params.yaml"), {}
     for budget in budgets: named(params, budget, "methods")  # raises where it is none
     tuned = [budget for budget in budgets if (params["budgets"][budget] or {}).get("tuned")]
+    told("DVC looks for what is made already, a minute or so")
     made = held(root)
     with client(where) as workers:
         searches = dict.fromkeys(row for budget in tuned for row in itertools.product(named(params, budget, "settings"), named(params, budget, "methods"))

@@ -108,6 +108,8 @@ def test_stages_are_the_rows_of_params(budget):
 
 def test_networks_trained_again_depend_on_all_fields_of_their_budget():
     assert "budgets.looks" in stages()["looks"]["params"] and fields_of("places") <= {*stages()["places"]["params"]}
+    params, looks = read_params(ROOT / "params.yaml"), {*stages()["looks"]["params"]}
+    assert {param for param in looks if param.startswith("methods")} == {f"methods.{name}" for name in named(params, "looks", "methods")}
 
 
 def test_looks_depend_on_what_they_use_and_no_others():
