@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['KNOWN', 'LIKE', 'CALLS', 'USUAL', 'tracing', 'tile_8', 'tile_4', 'tile_2', 'tile_1', 'largest', 'mean', 'KINDS',
            'LINE', 'Step', 'sliding', 'adaptive', 'pair', 'Adding', 'Tracer', 'Followed', 'tile', 'pooling', 'clear',
-           'read', 'convolve', 'pool', 'write', 'answer', 'axes_of', 'shapes_of', 'times', 'places', 'Plan', 'plan',
-           'taps_of', 'Frozen', 'freeze']
+           'read', 'convolve', 'pool', 'write', 'answer', 'shapes_of', 'times', 'places', 'Plan', 'plan', 'taps_of',
+           'Frozen', 'freeze']
 
 # %% ../nbs/05_inference.ipynb #33e57167
 import copy
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from . import kernels
 from .kernels import INT, LANES, Vector, kernel, pointer, run, take
 from .models import evaluating
-from .sparse import densify, is_hooked
+from .sparse import densify, is_hooked, sides
 
 # %% ../nbs/05_inference.ipynb #005f976e
 @dataclasses.dataclass(eq=False)
@@ -121,6 +121,7 @@ class Followed:
     def follow(self, node):
         layer = self.modules[node.target] if node.op == "call_module" else None
         name, said = node.target if layer else node.name, type(layer).__name__ if layer else f"{node.op} {getattr(node.target, '__name__', node.target)}"
+        self.name = name
         if node.op == "placeholder": return self.new(node, "read")
         if node.op == "output":
             if node.args[0] not in self.values if isinstance(node.args[0], fx.Node) else True:
@@ -143,7 +144,7 @@ class Followed:
         is_in_place = getattr(layer, "inplace", False) or node.target in (operator.iadd, "add_")
         if is_in_place and how != "same" and self.readers[inputs[0]] > 1:
             raise ValueError(f"{name} changes in place what others read; expected nobody else to read it, or not in place, to freeze it")
-        self.name, is_flat = name, node.args[0] in self.flat
+        is_flat = node.args[0] in self.flat
         if is_flat and how in ("convolution", "pool", "adaptive", "mean") or is_flat and type(layer) is nn.BatchNorm2d:
             raise ValueError(f"{name} takes what is flat; expected N×C×H×W to freeze it")
         if inputs[0] == 0 and layer and how not in ("clip", "same", "flatten"):
@@ -164,7 +165,7 @@ class Followed:
             raise ValueError(f"{node.name} asks for another size than that of the batch; expected x.size(0) or x.shape[0] only, to freeze it")
 
     def new(self, node, kind, source=None, **how):
-        step = Step(kind, getattr(self, "name", node.name), source, len(self.made), **how)
+        step = Step(kind, self.name, source, len(self.made), **how)
         self.steps.append(step)
         self.made[step.result] = step
         self.give(node, step.result)
@@ -452,17 +453,6 @@ def answer(counters, answers, x, per_image, per_pixel, program, windows, starts,
         take(counters, 1, 1)
 
 # %% ../nbs/05_inference.ipynb #1c5fe756
-def axes_of(step, size):
-    "For both axes of a convolution on `size` (H, W): pixels of its result, and how far it looks beyond the first and the last pixel."
-    axes = []
-    for n, kernel, stride, dilation, i in zip(size, step.shape[2:], step.stride, step.dilation, (0, 1)):
-        reach = dilation * (kernel - 1)
-        both = {"same": reach, "valid": 0}[step.padding] if isinstance(step.padding, str) else 2 * step.padding[i]
-        out, before = (n + both - reach - 1) // stride + 1, both // 2
-        axes.append((out, before, max((out - 1) * stride + reach - before - (n - 1), 0)))
-    return axes
-
-
 def shapes_of(steps, lengths, size):
     """The shape (C, H, W) of each activation, and its margins [above, below, before, after], for images of `size`.
 
@@ -480,9 +470,11 @@ def shapes_of(steps, lengths, size):
             shape = step.shape[0], 1, 1
         else:
             check(C == step.shape[1] * step.groups, step.name, given, f"{step.shape[1] * step.groups} channels")
-            axes, margin = axes_of(step, (H, W)), margins[step.source]
-            shape = step.shape[0], *(axis[0] for axis in axes)
-            margin[:] = [max(old, new) for old, new in zip(margin, (*axes[0][1:], *axes[1][1:]))]
+            try: axes = sides(step, (H, W))
+            except ValueError: check(False, step.name, given, "more pixels than that")
+            shape, margin = (step.shape[0], *(axis[1] for axis in axes)), margins[step.source]
+            beyond = [(before, max((out - 1) * stride + dilation * (kernel - 1) - before - (n - 1), 0)) for n, out, kernel, stride, before, dilation in axes]
+            margin[:] = map(max, margin, sum(beyond, ()))
         check(min(shape) > 0, step.name, given, "more pixels than that")
         if step.added is not None: check(shapes[step.added] == shape, step.name, shape, f"{times(shapes[step.added])}, which is added")
         shapes[step.result] = shape
@@ -563,7 +555,7 @@ def taps_of(step, shape):
     if len(step.shape) == 2: return step.row, *np.unravel_index(step.index, shape), step.values, step.bias
     channel, h, w = np.unravel_index(step.index, step.shape[1:])
     channel = channel + step.row // (step.shape[0] // step.groups) * step.shape[1]
-    before = [axis[1] for axis in axes_of(step, (H, W))]
+    before = [axis[4] for axis in sides(step, (H, W))]
     return step.row, channel, h * step.dilation[0] - before[0], w * step.dilation[1] - before[1], step.values, step.bias
 
 # %% ../nbs/05_inference.ipynb #a2f3d645
@@ -634,7 +626,7 @@ def freeze(model, images=None):
     frozen = Frozen(model)
     if images is not None:
         with torch.no_grad(), evaluating(model): expected = model(images)
-        found = frozen(images.to(frozen.values.device))
+        found = frozen(images.cpu())
         if found.shape != expected.shape or not torch.allclose(found, expected.cpu(), rtol=1e-3, atol=1e-4 * float(expected.abs().max()), equal_nan=True):
             raise ValueError("the frozen network answers the images otherwise than the model: its forward() does what cannot be followed")
     return frozen

@@ -350,7 +350,7 @@ def test_a_layer_alone_is_a_network():
 
 
 def test_flattened_pixels_are_not_normed_as_channels():
-    "One channel of ten pixels, or as many channels as pixels: batch-norm after Flatten is of each number by itself."
+    "One channel of four pixels, or as many channels as pixels: batch-norm after Flatten is of each number by itself."
     torch.manual_seed(0)
     x = torch.randn(5, 3, 4, 4).double()
     one = lived(nn.Sequential(nn.Conv2d(3, 1, 3), nn.Flatten(), nn.BatchNorm1d(4)))
