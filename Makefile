@@ -55,7 +55,7 @@ rivals: install ## Search settings for the 35 methods of the ranking, train all,
 	dvc repro --keep-going runs/rivals/dvc.yaml:rivals
 	$(RUN) page rivals
 
-speed: install ## Time networks, and the making of batches, on this machine (10 minutes, nothing else running)
+speed: install ## Time networks, and the making of batches, on this machine (15 minutes, nothing else running)
 	$(RUN) speed
 	$(RUN) rerun nbs/21_speed.ipynb
 
