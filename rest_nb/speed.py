@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from . import sparse
-from .batches import assemble
+from .batches import PLAIN, assemble
 from .cost import alternate
 from .data import BiasedDataset
 from .inference import freeze
@@ -71,10 +71,10 @@ def inference(network, kind, batch, is_frozen=False):
     model, _, _, precision = contestant(network, kind)
     x = noise(network, batch).x
     model.eval()
-    frozen = freeze(model) if is_frozen else None
+    frozen = freeze(model, table=PLAIN.table(3)) if is_frozen else None  # takes the bytes as they are
 
     @torch.no_grad()
-    def ask(): frozen(inputs(kind)(x)) if is_frozen else logits_of(model, x, precision, inputs(kind))
+    def ask(): frozen(x) if is_frozen else logits_of(model, x, precision, inputs(kind))
     return ask
 
 # %% ../nbs/0e_speed.ipynb #bf1a287c

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune  # noqa: F401
 
 from rest_nb import inference, training
-from rest_nb.batches import assemble
+from rest_nb.batches import Transform, assemble
 from rest_nb.inference import Followed, freeze
 from rest_nb.masks import StaticSparse
 from rest_nb.models import cnn, resnet, resnet18
@@ -462,3 +462,32 @@ def test_drawn_networks_are_answered_as_by_pytorch_or_refused(is_in_place):
             counts["answered"] += 1
     check()
     assert counts["answered"] > 100 and counts["refused"] > 30, counts
+
+
+@given(st.sampled_from([1, 3, inference.LANES, 2 * inference.LANES + 1]), st.integers(1, 3), st.integers(1, 19), st.integers(1, 19), st.integers(0, 9999))
+def test_bytes_are_taken_as_a_table_says(n, channels, height, width, seed):
+    torch.manual_seed(seed)
+    transform = Transform(mean=(.1, .2, .3)[:channels], std=(.5, .4, .2)[:channels])
+    model = thinned(lived(nn.Sequential(nn.Conv2d(channels, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())), .5).float()
+    x = torch.randint(0, 256, (n, channels, height, width), dtype=torch.uint8)
+    frozen = freeze(model, table=transform.table(channels))
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (transform.mean, transform.std))
+    assert torch.equal(frozen(x), frozen((x.float() / 255 - mean) / std))   # by the definition of both
+    assert torch.equal(frozen(x), frozen(x.to(memory_format=torch.channels_last)))
+    assert (frozen(x) - model.eval()((x.float() / 255 - mean) / std)).abs().max() < 1e-4
+
+
+def test_bytes_without_a_table_or_with_another_are_refused():
+    model, x = cnn(width=4).eval(), torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="uint8"): freeze(model)(x)
+    with pytest.raises(ValueError, match="or uint8, N×1×H×W"): freeze(model, table=torch.zeros(1, 256))(x)
+    with pytest.raises(ValueError, match="table is 3×255; expected C×256"): freeze(model, table=torch.zeros(3, 255))
+    frozen = freeze(model.double(), table=torch.arange(256).expand(3, 256))
+    assert torch.equal(pickle.loads(pickle.dumps(frozen))(x + 7), frozen(torch.full_like(x, 7).double()))
+
+
+@pytest.mark.parametrize("width", range(1, 34))
+def test_rows_of_any_width_are_cut_into_tiles(width):
+    torch.manual_seed(width)
+    model = lived(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU()))
+    assert agree(thinned(model, .6), torch.randn(3, 2, 4, width).double())

@@ -32,8 +32,8 @@ def test_a_step_trains_and_inference_does_not(tiny):
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_who_is_asked_is_frozen_or_not(tiny, monkeypatch, is_frozen):
     asked, real = [], speed.freeze
-    def spied(model):
-        frozen = real(model)
+    def spied(model, **how):
+        frozen = real(model, **how)
         return lambda x: asked.append(frozen(x)) or asked[-1]
     monkeypatch.setattr(speed, "freeze", spied)
     speed.inference(tiny, .1, batch=3, is_frozen=is_frozen)()
