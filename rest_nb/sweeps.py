@@ -14,7 +14,7 @@ from .configs import named, part, read_params
 from .cost import layer_costs, parameters, training_flops
 from .masks import keep_counts, maskable
 from .metrics import over_seeds
-from .ranking import interval, starred
+from .ranking import interval, of_seeds, starred
 from .results import METHOD_COLOURS, accuracies, colours
 from .rows import read_json
 
@@ -76,7 +76,7 @@ def draw(ax, lines, across, by, measure):
 def interactions(rows, state="selected", group="conflicting"):
     """What reweighting adds to test accuracy on a `group`, in points ± half a 95 % t-interval, seed by seed: to a `dense` network,
     to a `sparse` one, and how much more to the sparse one. A line for each setting and n, the seeds that all four have;
-    a star as in `ranking.compared`. Raises `ValueError` where a setting lacks one of the four.
+    stars as in `ranking.starred`, for the whole table. Raises `ValueError` where a setting lacks one of the four.
     """
     lines = {}
     for setting, found in accuracies(rows, state).groupby("setting", sort=False):
@@ -85,8 +85,9 @@ def interactions(rows, state="selected", group="conflicting"):
         by = found.pivot(index="seed", columns="method", values=group)[[*METHOD_COLOURS]].dropna()
         added = pd.DataFrame({"dense": by["ReW"] - by["ERM"], "sparse": by["REST"] - by["RigL"]})
         added["sparse - dense"] = added["sparse"] - added["dense"]
-        lines[setting] = {name: starred(over_seeds(shares)) for name, shares in added.items()} | dict(n=len(added))
-    return pd.DataFrame(lines).T.rename_axis("setting")
+        lines[setting] = added
+    cells = starred({(setting, name): of_seeds(shares) for setting, added in lines.items() for name, shares in added.items()})
+    return pd.DataFrame({setting: {name: cells[setting, name] for name in added} | dict(n=len(added)) for setting, added in lines.items()}).T.rename_axis("setting")
 
 # %% ../nbs/0f_sweeps.ipynb #c2deb8b6
 def cost_figure(lines, costs, by="variant", measure="conflicting"):

@@ -5,12 +5,12 @@ import math
 
 import matplotlib
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rest_nb import ranking
-from rest_nb.ranking import (RULES, compared, front, guesses_table, interval, is_told, load_searches, places, prices, ranking_figure,
-                             ratios, run_seconds, searched, stopped, times)
+from rest_nb.ranking import (RULES, compared, front, guesses_table, interval, is_told, load_searches, of_seeds, places, prices, ranking_figure,
+                             ratios, run_seconds, searched, starred, stopped, times)
 
 matplotlib.use("agg")
 
@@ -124,7 +124,22 @@ def test_a_second_star_is_for_what_survives_all_that_is_asked_of_such_states():
 def test_what_stopping_early_adds_is_selected_less_last_seed_by_seed():
     rows = {("red", "A"): stored([.5, .7, .9], 1), ("blue", "A"): stored([.6, .6, .6], 1, conflict_ratio=.5)}
     table = stopped(rows, ["A"])
-    assert [*table.columns] == [.01, .5] and table.loc["A"].tolist() == [f"+20.0 ± {HALF * 20:.1f}", "+10.0 ± 0.0 *"]
+    assert [*table.columns] == [.01, .5] and table.loc["A"].tolist() == [f"+20.0 ± {HALF * 20:.1f}", "+10.0 ± 0.0 **"]
+
+
+@given(st.lists(st.tuples(st.floats(.01, .5), st.floats(.001, .5)), min_size=1, max_size=6))
+def test_stars_are_by_the_interval_and_by_holm_over_all_that_are_asked(drawn):
+    "Three seeds each: a mean and a spread. Holm by its definition: the smallest p times m, the next times m - 1, …, until one is too large."
+    asked = {number: of_seeds([mean - spread, mean, mean + spread]) for number, (mean, spread) in enumerate(drawn)}
+    p = {number: 1 - t / math.sqrt(t ** 2 + 2) for number, (mean, spread) in enumerate(drawn) for t in [mean * math.sqrt(3) / spread]}  # two degrees of freedom
+    assume(all(abs(value * times - .05) > 1e-9 for value in p.values() for times in range(1, 7)))
+    firm, left = set(), len(p)
+    for number in sorted(p, key=p.get):
+        if p[number] * left >= .05: break
+        firm.add(number)
+        left -= 1
+    for number, cell in starred(asked).items():
+        assert cell.endswith("**") == (number in firm) and cell.endswith("*") == (p[number] < .05)
 
 
 def test_guesses_are_shown_with_what_became_of_them():

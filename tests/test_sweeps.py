@@ -130,6 +130,6 @@ def test_an_option_that_is_no_field_is_read_from_the_part():
 def test_reweighting_adds_to_the_seeds_that_all_four_have():
     rows = {("a", name): row(shares, .02) for name, shares in dict(ERM=[.1, .2, .9], ReW=[.3, .4], RigL=[.0, .1], REST=[.5, .6]).items()}
     found = sweeps.interactions(rows).loc["a"]
-    assert found["dense"] == "+20.0 ± 0.0 *" and found["sparse - dense"] == "+30.0 ± 0.0 *" and found.n == 2
+    assert found["dense"] == "+20.0 ± 0.0 **" and found["sparse - dense"] == "+30.0 ± 0.0 **" and found.n == 2
     with pytest.raises(ValueError, match="a has no RigL; expected all of ERM, ReW, RigL, REST"):
         sweeps.interactions({name: stored for name, stored in rows.items() if name[1] != "RigL"})
