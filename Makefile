@@ -44,9 +44,9 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Bring the stored long studies, their pages and the README's table up to date (some ten hours; JOBS=4: four rows at once)
+study: install ## Bring the stored long studies, their pages and the README's table up to date (8 to 14 hours; JOBS=4: four rows at once)
 	$(if $(JOBS),dvc repro sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu densities dynamics upweights upweights-001 upweights-002 widths audit audit-005 objects widths-objects audit-objects $(if $(REST_NB_FACES),faces))
-	dvc repro --keep-going cpu objects sweeps looks places $(if $(REST_NB_FACES),runs/faces/dvc.yaml:faces)
+	dvc repro --keep-going quick cpu objects sweeps looks places $(if $(REST_NB_FACES),runs/faces/dvc.yaml:faces)
 	for budget in cpu objects densities dynamics upweights widths audit; do $(RUN) page $$budget || exit; done
 	$(RUN) rerun nbs/28_cost.ipynb nbs/29_looks.ipynb nbs/2b_claims.ipynb
 
