@@ -147,7 +147,7 @@ class Followed:
         is_flat = node.args[0] in self.flat
         if is_flat and how in ("convolution", "pool", "adaptive", "mean") or is_flat and type(layer) is nn.BatchNorm2d:
             raise ValueError(f"{name} takes what is flat; expected N×C×H×W to freeze it")
-        if inputs[0] == 0 and layer and how not in ("clip", "same", "flatten"):
+        if inputs[0] == 0 and layer and not is_flat and how not in ("clip", "same", "flatten"):
             self.ndim = 2 if type(layer) in (nn.Linear, nn.BatchNorm1d) else 4
         if is_flat: self.flat.add(node)
         getattr(self, how)(node, layer, *inputs)
@@ -303,7 +303,7 @@ def tile(pixels):
     return block
 
 
-TILE = 8  # as many sums as a processor has registers for, beside what they are made of
+TILE = 8  # so many sums at once keep a processor busy: each waits for its last product
 tile_1, tile_2, tile_3, tile_4, tile_5, tile_6, tile_7, tile_8 = (tile(1 + n) for n in range(TILE))
 
 # %% ../nbs/05_inference.ipynb #2d1fc686
@@ -398,7 +398,8 @@ def read_bytes(memory, f, x, start, table, n):
 def convolve(memory, f, starts, offsets, values, biases):
     """The weights of row r, counted from the network's first, are starts[r] ≤ j < starts[r + 1].
 
-    A row of pixels is cut into tiles as equal as can be: a sum waits for the one before it, so tiles of few pixels take as long as others.
+    A row of pixels is cut into tiles as equal as can be, as one of two pixels takes as long as one of four: a pixel's sum waits for its last product.
+    All channels of a tile come before the next tile, while what they look at is near.
     """
     floor, ceiling, beside = values.dtype.type(f.floor), values.dtype.type(f.ceiling), LANES * f.is_added
     tiles = (f.width + TILE - 1) // TILE
@@ -603,9 +604,17 @@ class Frozen(nn.Module):
             step.row, step.index, step.values = step.row[there], step.index[there], step.values[there]
         self.values = nn.Parameter(torch.from_numpy(np.concatenate([step.values for step in weighed] or [[]])).to(dtype), requires_grad=False)
         for step, values in zip(weighed, self.values.split([len(step.values) for step in weighed])): step.values = values.numpy()
-        if table is not None and (table.ndim != 2 or table.shape[1] != 256): raise ValueError(f"table is {times(table.shape)}; expected C×256, a number for each byte")
-        self.table = None if table is None else table.detach().to(dtype).contiguous().numpy()
+        self.table = None if table is None else self.checked(table).detach().cpu().to(dtype, copy=True).contiguous().numpy()
         super().train(False)
+
+    def checked(self, table):
+        "The `table`, if it is one for the images that the network takes."
+        is_real = torch.is_tensor(table) and not table.is_complex()
+        if not is_real or table.ndim != 2 or table.shape[1] != 256 or not len(table):
+            raise ValueError(f"table is {tuple(table.shape) if is_real else type(table).__name__}; expected a real tensor C×256, a number for each byte")
+        taken = {step.shape[1] * step.groups for step in self.steps if step.source == 0 and step.shape and len(step.shape) == 4} - {len(table)}
+        if taken or self.ndim == 2: raise ValueError(f"table is {len(table)}×256, but the network takes {f'{taken.pop()} channels' if taken else 'vectors'}; expected one that fits")
+        return table
 
     def __getstate__(self): return dict(self.__dict__, plans={})  # they fit this processor
 
@@ -642,15 +651,17 @@ def freeze(model, images=None, table=None):
 
     Weights that are zero cost nothing, wherever they stand; answers are the model's in evaluation mode, up to rounding
     (a NaN or an infinity in an image does not meet the weights that are zero). The first answer to images of a new size takes longer.
-    `table`: the number that stands for a byte in each channel, C×256 (`batches.Transform.table`); with it images of bytes (uint8) are taken, too, as fast as can be.
+    `table`: the number that each byte stands for, C×256, as the data set's `batches.Transform.table` has it; with it images of bytes (uint8) are taken, too.
     `images`: some, N×C×H×W; are the answers to them the model's? What a forward() does by the type of its input, say, is not seen by `torch.fx`, which follows it.
     No other thread may run a network meanwhile: `torch.fx` would follow that, too.
-    Raises `ValueError`, naming it, for a layer or a call that is not known here, and where answers to `images` differ.
+    Raises `ValueError`, naming it, for a layer or a call that is not known here, for a `table` that does not fit, and where answers to `images` differ.
     """
     frozen = Frozen(model, table)
     if images is not None:
-        with torch.no_grad(), evaluating(model): expected = model(images)
         found = frozen(images.cpu())
-        if found.shape != expected.shape or not torch.allclose(found, expected.cpu(), rtol=1e-3, atol=1e-4 * float(expected.abs().max()), equal_nan=True):
+        if images.dtype == torch.uint8: images = torch.stack([torch.from_numpy(numbers)[images[:, c].long()] for c, numbers in enumerate(frozen.table)], 1)
+        with torch.no_grad(), evaluating(model): expected = model(images).cpu()
+        largest = float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 0
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * largest, equal_nan=True):
             raise ValueError("the frozen network answers the images otherwise than the model: its forward() does what cannot be followed")
     return frozen

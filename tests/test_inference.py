@@ -478,12 +478,59 @@ def test_bytes_are_taken_as_a_table_says(n, channels, height, width, seed):
 
 
 def test_bytes_without_a_table_or_with_another_are_refused():
-    model, x = cnn(width=4).eval(), torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
+    model, x, table = cnn(width=4).eval(), torch.zeros(2, 3, 28, 28, dtype=torch.uint8), torch.arange(256).expand(3, 256)
     with pytest.raises(ValueError, match="uint8"): freeze(model)(x)
-    with pytest.raises(ValueError, match="or uint8, N×1×H×W"): freeze(model, table=torch.zeros(1, 256))(x)
-    with pytest.raises(ValueError, match="table is 3×255; expected C×256"): freeze(model, table=torch.zeros(3, 255))
-    frozen = freeze(model.double(), table=torch.arange(256).expand(3, 256))
+    with pytest.raises(ValueError, match="uint8"): freeze(model, x)
+    with pytest.raises(ValueError, match="table is 1×256, but the network takes 3 channels"): freeze(model, table=table[:1])
+    with pytest.raises(ValueError, match="but the network takes vectors"): freeze(nn.Sequential(nn.Linear(3, 2)), table=table)
+    for wrong in (table[:, :255], table[0], table[:0], table.numpy(), table.to(torch.complex64), Transform()):
+        with pytest.raises(ValueError, match="expected a real tensor C×256"): freeze(model, table=wrong)
+    frozen = freeze(model.double(), table=table)
     assert torch.equal(pickle.loads(pickle.dumps(frozen))(x + 7), frozen(torch.full_like(x, 7).double()))
+
+
+def test_a_table_is_copied_and_answers_to_bytes_are_compared():
+    torch.manual_seed(0)
+    model, x, table = lived(cnn(width=4)).float().eval(), torch.randint(0, 256, (9, 3, 28, 28), dtype=torch.uint8), torch.randn(3, 256)
+    frozen = freeze(model, x, table)
+    before = frozen(x)
+    assert before.std() > 0
+    table.zero_()
+    assert torch.equal(frozen(x), before)
+
+    class Twofold(nn.Module):
+        def __init__(self): super().__init__(); self.model = model
+        def forward(self, x): return self.model(x) if isinstance(x, torch.fx.Proxy) else 2 * self.model(x)
+    with pytest.raises(ValueError, match="otherwise than the model"): freeze(Twofold(), x, torch.randn(3, 256))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_images_that_begin_flat_are_taken(order):
+    torch.manual_seed(0)
+
+    class Fork(nn.Module):
+        def __init__(self): super().__init__(); self.flat, self.conv = nn.Linear(3 * 4 * 4, 6), nn.Conv2d(3, 6, 4)
+        def forward(self, x):
+            parts = [self.flat(x.flatten(1)), self.conv(x).flatten(1)] if order > 0 else [self.conv(x).flatten(1), self.flat(x.view(x.size(0), -1))]
+            return parts[0] + parts[1]
+    assert agree(Fork().double(), torch.randn(5, 3, 4, 4).double())
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4)).double()
+    assert agree(model, torch.randn(5, 3, 4, 4).double()) and agree(model, torch.randn(5, 48).double())
+    x, table = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8), torch.arange(256).double().expand(3, 256)
+    assert torch.equal(freeze(model, x, table)(x), freeze(model)(x.double()))
+
+
+def test_images_whose_answers_are_not_finite_or_none_are_compared_all_the_same():
+    class Other(nn.Module):
+        def __init__(self): super().__init__(); self.conv = nn.Conv2d(1, 1, 1, bias=False)
+        def forward(self, x): return self.conv(x) if isinstance(x, torch.fx.Proxy) else self.conv(x).relu()
+    model, x = Other(), torch.tensor([[[[1., 2.], [-1., -2.]]]])
+    for odd in (float("nan"), float("inf")):
+        image = x.clone()
+        image[..., 0, 0] = odd
+        freeze(model.conv, image)
+        with pytest.raises(ValueError, match="otherwise than the model"): freeze(model, image * (1 if model.conv.weight > 0 else -1))
+    freeze(model, x[:0])
 
 
 @pytest.mark.parametrize("width", range(1, 34))
