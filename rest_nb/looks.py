@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['answers', 'by_cell', 'recoloured', 'grad_cam', 'features', 'probe', 'travel', 'overlap', 'by_chance', 'densities',
-           'dead']
+           'dead', 'in_rows']
 
 # %% ../nbs/09_looks.ipynb #ba195c87
 import torch
@@ -96,3 +96,12 @@ def densities(masks): return {name: mask.double().mean().item() for name, mask i
 def dead(masks):
     "The share of filters (output channels) of each layer without a weight."
     return {name: (~mask.flatten(1).any(1)).double().mean().item() for name, mask in masks.items()}
+
+# %% ../nbs/09_looks.ipynb #2caa043c
+def in_rows(rows, config, seed, last):
+    """Whether one of the stored `rows` (dicts) has the run of `seed` by `config`, a dict (`seeds` apart), whose last evaluation was
+    `last` (an entry of `Fit.history`): the same numbers throughout.
+    """
+    unseeded = lambda config: {name: value for name, value in config.items() if name != "seeds"}
+    runs = [run for row in rows if unseeded(row["config"]) == unseeded(config) for run in row["runs"]]
+    return any(run["seed"] == seed and run["history"][-1] == last for run in runs)
