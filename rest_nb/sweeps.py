@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['option', 'family', 'varied', 'sweep_table', 'sweep_figure', 'draw', 'interactions', 'cost_figure', 'savings',
-           'load_places', 'places_table']
+           'layer_densities', 'load_places', 'places_table']
 
 # %% ../nbs/0f_sweeps.ipynb #a59627ff
 from pathlib import Path
@@ -117,6 +117,13 @@ def savings(model, input_shape, densities, delta_t=1000):
         lines[density] = dict(parameters=(every - costs.weights.sum() + kept.sum()) / every, inference=sparse / dense,
                               training=training_flops(dense, sparse, delta_t, 1) / training_flops(dense, dense, delta_t))
     return pd.DataFrame(lines).T.rename_axis("density")
+
+
+def layer_densities(model, densities):
+    "ERK's density of each convolution and linear layer of `model`, shares: a line for each of `densities`. Raises `ValueError` as `masks.keep_counts` does."
+    weights = maskable(model)
+    shares = {density: [n / weights[name].numel() for name, n in keep_counts(weights, density).items()] for density in densities}
+    return pd.DataFrame(shares, index=[f"layer {number + 1}" for number in range(len(weights))]).T.rename_axis("density")
 
 # %% ../nbs/0f_sweeps.ipynb #ead1f412
 def load_places(root, setting):

@@ -1,4 +1,6 @@
 "Sweeps: tables and pictures of invented rows, against means and intervals by hand."
+import math
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -6,7 +8,7 @@ import pytest
 import torch
 
 from rest_nb import sweeps
-from rest_nb.models import NETWORKS
+from rest_nb.models import NETWORKS, cnn
 
 
 def row(shares, density, **roles):
@@ -133,3 +135,15 @@ def test_reweighting_adds_to_the_seeds_that_all_four_have():
     assert found["dense"] == "+20.0 ± 0.0 **" and found["sparse - dense"] == "+30.0 ± 0.0 **" and found.n == 2
     with pytest.raises(ValueError, match="a has no RigL; expected all of ERM, ReW, RigL, REST"):
         sweeps.interactions({name: stored for name, stored in rows.items() if name[1] != "RigL"})
+
+
+def test_layers_have_the_densities_of_erk():
+    "By definition: the weights kept are the share asked for, and layers that are not full stand to one another as (Σ of the sizes) / (Π of the sizes)."
+    model = cnn(width=8)
+    found = sweeps.layer_densities(model, [.02, .1])
+    shapes = [weight.shape for weight in model.state_dict().values() if weight.dim() > 1]
+    assert list(found.columns) == [f"layer {n + 1}" for n in range(len(shapes))]
+    for density, shares in found.iterrows():
+        assert sum(share * math.prod(shape) for share, shape in zip(shares, shapes)) == pytest.approx(density * sum(map(math.prod, shapes)), abs=len(shapes))
+        scales = [share / (sum(shape) / math.prod(shape)) for share, shape in zip(shares, shapes) if share < 1]
+        assert max(scales) == pytest.approx(min(scales), rel=.05) and len(scales) > 1
