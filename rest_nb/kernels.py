@@ -18,7 +18,7 @@ import threading
 
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -129,7 +129,7 @@ def empty(shape, dtype):
 
 # %% ../nbs/04_kernels.ipynb #f985cdf2
 INT, INT32 = ir.IntType(64), ir.IntType(32)
-LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
+LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 # vectors in a block of samples: as many as the registers hold, and fewer, down to part of one, for what is left of a batch
 BLOCKS = (16, 4) if LANES == 16 else (8, 2)
 

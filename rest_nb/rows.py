@@ -60,9 +60,10 @@ def code_hash(config):
 
 def stamp(config, images):
     "What a result must carry to be known as the present one's: configuration, versions, data (the file `images`), code."
-    versions = dict(python=platform.python_version(), torch=torch.__version__.split("+")[0], numpy=numpy.__version__,
+    versions = dict(python=platform.python_version().rpartition(".")[0], torch=torch.__version__.split("+")[0], numpy=numpy.__version__,
                     numba=numba.__version__, threads=torch.get_num_threads())
     if processes() > 1: versions["processes"] = processes()
+    if config.device == "cpu": versions["vectors"] = torch.backends.cpu.get_cpu_capability()
     if config.device == "cpu" and config.precision == "bf16" and not has_bf16(): versions["precision"] = "fp32"  # instead
     return json.loads(json.dumps(dict(config=dataclasses.asdict(config), versions=versions, data=file_hash(images),
                                       code=code_hash(config))))

@@ -859,7 +859,7 @@ def test_a_row_carries_all_that_it_depends_on(root):
     config = configure(STUDY, "tiny", "blobs", "REST")
     assert found["config"] == (STUDY["common"] | STUDY["settings"]["blobs"] | STUDY["methods"]["REST"]
                                | STUDY["budgets"]["tiny"])
-    assert found["versions"]["python"] == platform.python_version()
+    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:2]))
     assert found["versions"]["torch"] == torch.__version__.split("+")[0]
     assert found["versions"]["numpy"] == np.__version__
     assert found["data"] == hashlib.sha256((root / "sets" / "blobs.npz").read_bytes()).hexdigest()[:16]
@@ -1169,6 +1169,19 @@ def test_pending_counts_what_is_missing(root):
     row(root, "RigL")
     row(root, "ERM")
     assert pending(root, STUDY, "tiny") == [r for r in BLOBS if r[1] not in ("ERM", "RigL")] + RARE
+
+
+def test_by_which_vector_instructions_a_row_was_made_is_told():
+    told = lambda device: stamp(dataclasses.replace(BASE, device=device), "no such file")["versions"].get("vectors")
+    assert told("cpu") == torch.backends.cpu.get_cpu_capability() and told("cuda") is None
+
+
+def test_a_repaired_python_is_no_other_one(monkeypatch):
+    "3.11.2 and 3.11.7 trained the same rows, to the bit."
+    before = stamp(BASE, "no such file")
+    for version, is_same in {f"{sys.version_info[0]}.{sys.version_info[1]}.99": True, f"{sys.version_info[0]}.{sys.version_info[1] + 1}.0": False}.items():
+        monkeypatch.setattr(platform, "python_version", lambda: version)
+        assert (stamp(BASE, "no such file") == before) is is_same
 
 
 def other_hash(root, monkeypatch): monkeypatch.setattr(keeping, "code_hash", lambda config: "another")

@@ -1,0 +1,83 @@
+"To compute as a plainer processor does."
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rest_nb import __main__ as commands
+from rest_nb.processors import PLAINER, compute_as
+
+has_avx2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+needs_avx2 = pytest.mark.skipif(not has_avx2, reason="this processor has no AVX2")
+
+
+@pytest.fixture
+def environ(monkeypatch):
+    "An environment that no other test sees, without what may be set here."
+    own = {name: value for name, value in os.environ.items() if name not in ("REST_NB_VECTORS", *PLAINER["AVX2"])}
+    monkeypatch.setattr(os, "environ", own)
+    return own
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"vectors are 'AVX3'; expected one of AVX2"): compute_as("AVX3")
+
+
+def test_what_this_processor_lacks_is_not_pretended(environ, monkeypatch):
+    monkeypatch.setattr("rest_nb.processors.binding.get_host_cpu_features", lambda: dict(neon=True))
+    before = dict(environ)
+    compute_as("AVX2")
+    assert environ == before
+
+
+@needs_avx2
+def test_kernels_of_half_the_width_compute_the_same_as_pytorch():
+    "Batches that fill the narrower registers, and such that do not; PyTorch is the oracle, in double precision."
+    code = """if True:
+        from rest_nb.processors import compute_as
+        compute_as("AVX2")
+        import copy, torch
+        from torch import nn
+        from rest_nb.kernels import LANES
+        from rest_nb.sparse import densify, sparsify
+        assert (LANES, torch.backends.cpu.get_cpu_capability()) == (8, "AVX2")
+        torch.manual_seed(0)
+        ours = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 3)), .3).double()
+        theirs = densify(copy.deepcopy(ours))
+        for batch in (1, 7, 8, 9, 64, 75):
+            x, y = (torch.rand(batch, 3, 9, 9, dtype=torch.double).requires_grad_() for _ in range(2))
+            y.data.copy_(x)
+            a, b = ours(x), theirs(y)
+            a.square().sum().backward(), b.square().sum().backward()
+            assert torch.allclose(a, b) and torch.allclose(x.grad, y.grad), batch
+        print("same")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "same\n", done.stderr
+
+
+def stored(path, **versions):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(versions=versions)))
+
+
+@needs_avx2
+@pytest.mark.parametrize("asked, made_by, computes_as", [
+    (None, "AVX2", "AVX2"), (None, "AVX512", None), (None, None, None), (None, "nothing stored", None), ("AVX2", "AVX512", "AVX2"), ("AVX2", "nothing stored", "AVX2")])
+def test_a_row_is_made_again_by_what_made_it(environ, monkeypatch, tmp_path, asked, made_by, computes_as):
+    if made_by != "nothing stored": stored(tmp_path / "runs/tiny/rows/blobs-ERM.json", **dict(vectors=made_by) if made_by else {})
+    if asked: environ["REST_NB_VECTORS"] = asked
+    seen = []
+    monkeypatch.setattr(commands, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(commands, "check", lambda root: seen.append({name: os.environ.get(name) for name in PLAINER["AVX2"]}))
+    commands.main(["row", "tiny", "blobs", "ERM"])  # ends there: no params.yaml
+    assert seen == [PLAINER["AVX2"] if computes_as else dict.fromkeys(PLAINER["AVX2"])]
+
+
+def test_an_unknown_name_in_the_environment_is_one_line(environ, capsys):
+    environ["REST_NB_VECTORS"] = "avx3"
+    assert commands.main(["check"]) == 1
+    assert capsys.readouterr().err == "rest_nb check: vectors are 'avx3'; expected one of AVX2\n"
