@@ -33,6 +33,12 @@ def test_what_this_processor_lacks_is_not_pretended(environ, monkeypatch):
     assert environ == before
 
 
+def test_commands_begin_without_what_has_looked_at_the_processor_already():
+    "`search` computes in its own process."
+    code = "import sys, rest_nb.__main__; assert not {'torch', 'numba'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @needs_avx2
 def test_kernels_of_half_the_width_compute_the_same_as_pytorch():
     "Batches that fill the narrower registers, and such that do not; PyTorch is the oracle, in double precision."
