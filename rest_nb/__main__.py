@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from .notebooks import execute, project_root
-from .processors import PLAINER, compute_as
+from .processors import PLAINER, compute_as, has
 
 # %% ../nbs/0f_commands.ipynb #6c098d16
 def fetch(root, name, folder):
@@ -76,6 +76,8 @@ def as_stored(path):
     if "REST_NB_VECTORS" in os.environ or not path.is_file(): return
     vectors = json.loads(path.read_text()).get("versions", {}).get("vectors")
     if vectors in PLAINER: compute_as(vectors)
+    elif vectors == "AVX512" and not has(vectors):
+        print(f"{path.name} was made with AVX-512, which this processor lacks: if it must be made again, its digits will be others", file=sys.stderr)
 
 
 def row(root, budget, setting, method):

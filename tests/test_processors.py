@@ -83,6 +83,15 @@ def test_a_row_is_made_again_by_what_made_it(environ, monkeypatch, tmp_path, ask
     assert seen == [PLAINER["AVX2"] if computes_as else dict.fromkeys(PLAINER["AVX2"])]
 
 
+@pytest.mark.parametrize("lacks", [True, False])
+def test_who_cannot_make_a_row_as_it_was_made_is_told(environ, monkeypatch, tmp_path, capsys, lacks):
+    stored(tmp_path / "blobs-ERM.json", vectors="AVX512")
+    monkeypatch.setattr("rest_nb.processors.binding.get_host_cpu_features", lambda: dict(avx2=True, avx512f=not lacks))
+    commands.as_stored(tmp_path / "blobs-ERM.json")
+    told = "blobs-ERM.json was made with AVX-512, which this processor lacks: if it must be made again, its digits will be others\n"
+    assert capsys.readouterr().err == (told if lacks else "") and not environ.keys() & PLAINER["AVX2"].keys()
+
+
 def test_an_unknown_name_in_the_environment_is_one_line(environ, capsys):
     environ["REST_NB_VECTORS"] = "avx3"
     assert commands.main(["check"]) == 1
