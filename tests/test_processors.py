@@ -10,8 +10,7 @@ import torch
 from rest_nb import __main__ as commands
 from rest_nb.processors import PLAINER, compute_as
 
-has_avx2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-needs_avx2 = pytest.mark.skipif(not has_avx2, reason="this processor has no AVX2")
+needs_avx2 = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="this processor has no AVX2")
 
 
 @pytest.fixture
@@ -81,6 +80,19 @@ def test_a_row_is_made_again_by_what_made_it(environ, monkeypatch, tmp_path, ask
     monkeypatch.setattr(commands, "check", lambda root: seen.append({name: os.environ.get(name) for name in PLAINER["AVX2"]}))
     commands.main(["row", "tiny", "blobs", "ERM"])  # ends there: no params.yaml
     assert seen == [PLAINER["AVX2"] if computes_as else dict.fromkeys(PLAINER["AVX2"])]
+
+
+@needs_avx2
+@pytest.mark.parametrize("words, path", [
+    (["row", "tiny", "blobs", "ERM"], "tiny/rows/blobs-ERM.json"), (["search", "blobs", "ERM"], "search/blobs-ERM.json"),
+    (["places", "blobs", "ERM"], "places/blobs-ERM.json"), (["looks"], "cpu/rows/cmnist-0005-REST.json")])
+def test_each_command_that_trains_looks_where_its_result_is_stored(environ, monkeypatch, tmp_path, words, path):
+    def made(*args, **options): raise ValueError(os.environ.get("ATEN_CPU_CAPABILITY"))
+    for name in ("check", "execute"): monkeypatch.setattr(commands, name, made)
+    stored(tmp_path / "runs" / path, vectors="AVX512")
+    with pytest.raises(ValueError, match="None"): commands.COMMANDS[words[0]](tmp_path, *words[1:])
+    stored(tmp_path / "runs" / path, vectors="AVX2")
+    with pytest.raises(ValueError, match="avx2"): commands.COMMANDS[words[0]](tmp_path, *words[1:])
 
 
 @pytest.mark.parametrize("lacks", [True, False])
