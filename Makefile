@@ -45,13 +45,13 @@ lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
 study: install ## Bring the stored long studies, their pages and the README's table up to date (8 to 14 hours; JOBS=4: four rows at once)
-	$(if $(JOBS),dvc repro sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu densities dynamics upweights upweights-001 upweights-002 widths audit audit-005 objects widths-objects audit-objects $(if $(REST_NB_FACES),faces))
+	$(if $(JOBS),dvc repro code sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu densities dynamics upweights upweights-001 upweights-002 widths audit audit-005 objects widths-objects audit-objects $(if $(REST_NB_FACES),faces))
 	dvc repro --keep-going quick cpu objects sweeps looks places $(if $(REST_NB_FACES),runs/faces/dvc.yaml:faces)
 	for budget in cpu objects densities dynamics upweights widths audit; do $(RUN) page $$budget || exit; done
 	$(RUN) rerun nbs/28_cost.ipynb nbs/29_looks.ipynb nbs/2b_claims.ipynb
 
 rivals: install ## Search settings for the 35 methods of the ranking, train all, execute their page (about three hours)
-	$(if $(JOBS),dvc repro sets && $(RUN) train $(JOBS) rivals)
+	$(if $(JOBS),dvc repro code sets && $(RUN) train $(JOBS) rivals)
 	dvc repro --keep-going runs/rivals/dvc.yaml:rivals
 	$(RUN) page rivals
 
@@ -59,5 +59,6 @@ speed: install ## Time networks, and the making of batches, on this machine (15 
 	$(RUN) speed
 	$(RUN) rerun nbs/21_speed.ipynb
 
-export: install ## Export the library rest_nb from the notebooks in nbs/
+export: install ## Export the library rest_nb from the notebooks in nbs/, and tell DVC
 	nbdev_export
+	dvc repro --quiet --single-item code

@@ -176,10 +176,12 @@ def _write_arrays(file, arrays):
 def load(path, split):
     """Read one split of a file that `save` wrote.
 
-    Raises `FileNotFoundError` where there is none, with the way to make it.
+    Raises `FileNotFoundError` where there is none, with the way to make it, and `ValueError` for a split that it does not hold.
     """
     if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing: `dvc repro sets sets-objects` makes it (faces: stage `set` of runs/faces/dvc.yaml or runs/paper/dvc.yaml)")
     with np.load(path) as arrays:
+        held = [key.removesuffix("_x") for key in arrays if key.endswith("_x")]
+        if split not in held: raise ValueError(f"split is {split!r}; {path} has {', '.join(held)}")
         x, y, a = (torch.from_numpy(arrays[key]) if (key := f"{split}_{name}") in arrays else None
                    for name in "xya")
         return BiasedDataset(x, y, a, num_classes=int(arrays[f"{split}_num_classes"]))

@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 import torch
-from scipy import stats
 
 # %% ../nbs/07_metrics.ipynb #aa7199b5
 def group_accuracy(predicted, y, a):
@@ -46,6 +45,7 @@ def over_seeds(values):
     """Mean, standard deviation (n-1), half width of the 95 % t-interval and n;
     spread is NaN for a single value."""
     values = np.asarray(values, dtype=float)
+    from scipy import stats  # takes half a second to import, which a run that asks for no spread need not wait for
     n = len(values)
     sd = float(values.std(ddof=1)) if n > 1 else math.nan
     half = float(stats.t.ppf(.975, n - 1)) * sd / math.sqrt(n) if n > 1 else math.nan
@@ -54,6 +54,7 @@ def over_seeds(values):
 # %% ../nbs/07_metrics.ipynb #551dbb98
 def p_value(differences):
     "The two-sided p of Student's t-test that the mean of paired `differences` is 0; NaN for a single one."
+    from scipy import stats
     s = over_seeds(differences)
     if not s["sd"] > 0: return math.nan if s["n"] < 2 or s["mean"] == 0 else 0.0
     return float(2 * stats.t.sf(abs(s["mean"]) * math.sqrt(s["n"]) / s["sd"], s["n"] - 1))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .configs import configure, read_params
 from .data import load
 from .experiments import Run
-from .rows import computes_as, images_path, read_json, rehearse, stamp, ticking, write_json
+from .rows import computes_as, images_path, read_json, rehearsal_of, rehearse, stamp, ticking, write_json
 
 # %% ../nbs/09_search.ipynb #5a265b26
 def candidates(params, method):
@@ -69,8 +69,9 @@ def search_row(root, setting, method):
     tried, configs = candidates(params, method), configurations(params, setting, method)
     split = without_test(functools.cache(lambda name: load(images_path(root, setting), name)))
     path, part = root / "runs" / "search" / f"{setting}-{method}.json", root / ".parts" / f"search-{setting}-{method}.json"
-    made = dict(stamp(configs[0], images_path(root, setting)), rule=RULE, rehearsal=rehearse(tried_out, configs[0], split))
-    earlier = next((found for found in (read_json(part, {}), read_json(path, {})) if computes_as(found, made)), dict(candidates=[]))
+    made, stored = dict(stamp(configs[0], images_path(root, setting)), rule=RULE), (read_json(part, {}), read_json(path, {}))
+    made["rehearsal"] = next(filter(None, (rehearsal_of(found, made) for found in stored)), None) or rehearse(tried_out, configs[0], split)
+    earlier = next((found for found in stored if computes_as(found, made)), dict(candidates=[]))
     result = dict(setting=setting, method=method, **made, candidates=[])
     with tqdm(total=sum(config.steps for config in configs), unit="step", mininterval=2, file=sys.stderr) as bar:
         for number, (fields, config) in enumerate(zip(tried, configs), 1):

@@ -322,6 +322,7 @@ def test_saved_sets_load_again(tmp_path):
     save(tmp_path / "new" / "folder" / "set.npz", sets)  # makes the folders
     path = tmp_path / "new" / "folder" / "set.npz"
     assert all(same(load(path, split), built) for split, built in sets.items())
+    with pytest.raises(ValueError, match=f"split is 'tset'; .*set.npz has {', '.join(sets)}"): load(path, "tset")
     assert list(path.parent.iterdir()) == [path]
     assert load(str(path), "test").x.dtype == torch.uint8  # a path may be text
 

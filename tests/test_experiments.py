@@ -906,13 +906,13 @@ def test_a_row_that_died_goes_on_where_it_was(root, tmp_path, monkeypatch):
 class Bar:
     "Stands in for tqdm and keeps what it is told."
     bars = []
-    def __init__(self, total, file, disable, **look):
-        self.total, self.done, self.file, self.told = total, 0, file, []
+    def __init__(self, total, file, disable, initial=0, **look):
+        self.total, self.done, self.file, self.told = total, initial, file, []
         if not disable: Bar.bars.append(self)
     def __enter__(self): return self
     def __exit__(self, *error): return False
-    def set_description_str(self, text): self.text = text
-    def set_postfix_str(self, text, refresh): self.told.append(text)
+    def set_description_str(self, text, refresh): self.text = text
+    def set_postfix_str(self, text, refresh=True): self.told.append(text)
     def update(self, n=1): self.done += n
 
 
@@ -949,7 +949,8 @@ def test_the_progress_bar_tells_the_epoch():
 
 
 def other_config(root, monkeypatch): write_params(root, edited("common", lr=.04))
-def other_code(root, monkeypatch): monkeypatch.setattr(keeping, "rehearse", lambda *how: "another")
+def other_code(root, monkeypatch):
+    for name in ("code_hash", "rehearse"): monkeypatch.setattr(keeping, name, lambda *how: "another")
 def other_data(root, monkeypatch): monkeypatch.setattr(keeping, "file_hash", lambda path: "another")
 def other_python(root, monkeypatch): monkeypatch.setattr(platform, "python_version", lambda: "9.9.9")
 
@@ -972,6 +973,35 @@ def test_a_row_made_otherwise_is_trained_again(root, monkeypatch, change):
     trained = spy_on_seeds(monkeypatch)
     row(root)
     assert trained == [1, 2]
+
+
+def test_the_code_that_made_a_row_is_not_rehearsed_again(root, monkeypatch):
+    def refuse(*how): raise AssertionError("rehearsed")
+    before = row(root)
+    monkeypatch.setattr(keeping, "rehearse", refuse)
+    assert row(root) == before
+    monkeypatch.setattr(keeping, "code_hash", lambda config: "another")
+    with pytest.raises(AssertionError, match="rehearsed"): row(root)
+
+
+@pytest.mark.parametrize("field", ["config", "versions", "data", "code"])
+def test_what_is_told_of_another_run_is_no_rehearsal_of_this(field):
+    made = dict(config=dict(lr=.1), versions=dict(threads=2), data="d", code="c")
+    stored = dict(made, rehearsal="r", runs=[])
+    assert keeping.rehearsal_of(stored, made) == "r"
+    assert keeping.rehearsal_of(dict(stored, **{field: "another"}), made) is None
+    assert keeping.rehearsal_of({name: value for name, value in stored.items() if name != field}, made) is None
+    assert keeping.rehearsal_of({}, made) is None
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_kernels_are_compiled_by_another_process_unless_its_parent_did(monkeypatch, is_compiled):
+    started = []
+    monkeypatch.setattr(keeping.subprocess, "run", lambda words, check: started.append(words))
+    monkeypatch.delenv("REST_NB_COMPILED", raising=False)
+    if is_compiled: monkeypatch.setenv("REST_NB_COMPILED", "1")
+    keeping.ready.__wrapped__()
+    assert len(started) == (not is_compiled) and torch.get_num_threads() == keeping.THREADS
 
 
 def test_a_row_stays_where_other_code_computes_the_same(root, monkeypatch):

@@ -1,5 +1,6 @@
 "The rules of the house: who imports whom, what DVC depends on, what git holds."
 import ast
+import hashlib
 import json
 import re
 import subprocess
@@ -81,18 +82,32 @@ def rooms_of(budget):
     return code_of(*(text for method in methods for text in method.values() if type(text) is str and "." in text))
 
 
+def code_told(budget): return json.loads((ROOT / "runs" / "code" / f"{budget}.json").read_text())
+
+
+@pytest.mark.parametrize("budget", [*read_params(ROOT / "params.yaml")["budgets"]])
+def test_the_code_of_a_budget_is_what_its_rows_use_and_no_other(budget):
+    "And it is that of today: whoever changes a module has `dvc repro code` write its hash anew."
+    besides = dict(search=["search"], looks=[*code_of("looks.answers"), "notebooks"], places=[*code_of("looks.travel"), "notebooks"])
+    told = code_told(budget)
+    assert set(told) == {f"rest_nb/{module}.py" for module in (*rooms_of(budget), *besides.get(budget, ["notebooks"]))}
+    assert told == {path: hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:16] for path in told}
+
+
+def test_the_stage_that_writes_down_the_code_depends_on_all_of_it():
+    deps = set(stages()["code"]["deps"])
+    assert deps == {"params.yaml", *(path for budget in read_params(ROOT / "params.yaml")["budgets"] for path in code_told(budget))}
+
+
 @pytest.mark.parametrize("budget", ["quick", "cpu", "objects", "faces", *SWEEPS, *PAPER])
-def test_rows_depend_on_the_modules_they_use_and_no_others(budget):
-    code = {f"rest_nb/{module}.py" for module in (*rooms_of(budget), "notebooks")}
-    assert set(rows_stage(budget)["deps"]) == code | {"nbs/11_row.ipynb", "sets/${item.setting}.npz"}
+def test_rows_depend_on_their_set_their_notebook_and_their_code(budget):
+    assert set(rows_stage(budget)["deps"]) == {"sets/${item.setting}.npz", "nbs/11_row.ipynb", f"runs/code/{budget}.json"}
 
 
-def test_the_search_and_the_ranking_depend_on_all_that_methods_name():
+def test_the_search_and_the_ranking_depend_on_one_another():
     stages = yaml.safe_load((ROOT / "runs" / "rivals" / "dvc.yaml").read_text())["stages"]
-    rooms = {f"rest_nb/{module}.py" for module in rooms_of("rivals")}
-    searched, made = ({dep for dep in stages[name]["deps"] if dep.startswith("rest_nb/")} for name in ("search", "rows"))
-    assert searched == rooms | {"rest_nb/search.py"} and made == rooms | {"rest_nb/notebooks.py"}
-    assert "runs/search/${item.setting}-${item.method}.json" in stages["rows"]["deps"]
+    assert set(stages["search"]["deps"]) == {"sets/${item.setting}.npz", "runs/code/search.json"}
+    assert set(stages["rows"]["deps"]) == {"sets/${item.setting}.npz", "nbs/11_row.ipynb", "runs/code/rivals.json", "runs/search/${item.setting}-${item.method}.json"}
     assert stages["search"]["matrix"] == stages["rows"]["matrix"] and "grids.${item.method}" in stages["search"]["params"]
     assert fields_of("search") <= {*stages["search"]["params"]}
 
@@ -112,21 +127,17 @@ def test_networks_trained_again_depend_on_all_fields_of_their_budget():
     assert {param for param in looks if param.startswith("methods")} == {f"methods.{name}" for name in named(params, "looks", "methods")}
 
 
-def test_looks_depend_on_what_they_use_and_no_others():
-    code = {f"rest_nb/{module}.py" for module in (*code_of("looks.answers"), "notebooks")}
-    assert set(stages()["looks"]["deps"]) == code | {"nbs/15_looks.ipynb", "sets/cmnist-0005.npz"}
-    used = imported_by_notebook(ROOT / "nbs" / "15_looks.ipynb")
-    assert used <= {dep.removeprefix("rest_nb/").removesuffix(".py") for dep in stages()["looks"]["deps"]}
+def test_networks_trained_again_depend_on_what_their_notebook_uses():
+    assert set(stages()["looks"]["deps"]) == {"sets/cmnist-0005.npz", "nbs/15_looks.ipynb", "runs/code/looks.json"}
+    assert set(stages()["places"]["deps"]) == {"sets/${item.setting}.npz", "nbs/16_places.ipynb", "runs/code/places.json"}
+    for budget, notebook in ("looks", "15_looks"), ("places", "16_places"):
+        assert {f"rest_nb/{module}.py" for module in imported_by_notebook(ROOT / "nbs" / f"{notebook}.ipynb")} <= set(code_told(budget))
 
 
-def test_places_depend_on_what_they_use_and_no_others():
-    stage, params = stages()["places"], read_params(ROOT / "params.yaml")
-    methods = [params["methods"][name] for name in named(params, "places", "methods")]
-    code = code_of("looks.travel", *(text for method in methods for text in method.values() if type(text) is str and "." in text))
-    assert set(stage["deps"]) == {f"rest_nb/{module}.py" for module in (*code, "notebooks")} | {"nbs/16_places.ipynb", "sets/${item.setting}.npz"}
-    assert imported_by_notebook(ROOT / "nbs" / "16_places.ipynb") <= {*code, "notebooks"}
+def test_places_each_have_a_row_to_be_compared_with():
+    params = read_params(ROOT / "params.yaml")
     held = {name for budget in ("cpu", "densities", "dynamics") for name in named(params, budget, "methods")}
-    assert set(named(params, "places", "methods")) <= held  # each has a row to be compared with
+    assert set(named(params, "places", "methods")) <= held
 
 
 def imported_by_notebook(path):
@@ -143,7 +154,7 @@ def test_make_study_trains_and_shows_every_sweep():
     at_once, = re.findall(r"train \$\(JOBS\) ([\w -]+)", recipe)
     assert {"cpu", "objects", *SWEEPS} == set(at_once.split())
     made = re.findall(r"dvc repro --keep-going ([\w ]+)", recipe)[0].split()
-    ends = {name for name in stages() if not name.endswith("-rows") and not name.startswith(("raw", "sets"))}  # what no other stage needs
+    ends = {name for name in stages() if not name.endswith("-rows") and not name.startswith(("raw", "sets", "code"))}  # what no other stage needs
     assert set(made) == ends and made[-2:] == ["looks", "places"]  # when the rows are there that these look for
 
 

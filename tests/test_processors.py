@@ -77,8 +77,11 @@ def test_a_row_is_made_again_by_what_made_it(environ, monkeypatch, tmp_path, ask
     if asked: environ["REST_NB_VECTORS"] = asked
     seen = []
     monkeypatch.setattr(commands, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(commands, "check", lambda root: seen.append({name: os.environ.get(name) for name in PLAINER["AVX2"]}))
-    commands.main(["row", "tiny", "blobs", "ERM"])  # ends there: no params.yaml
+    def read_params(path):
+        seen.append({name: os.environ.get(name) for name in PLAINER["AVX2"]})
+        raise ValueError("far enough")
+    monkeypatch.setattr("rest_nb.configs.read_params", read_params)
+    assert commands.main(["row", "tiny", "blobs", "ERM"]) == 1
     assert seen == [PLAINER["AVX2"] if computes_as else dict.fromkeys(PLAINER["AVX2"])]
 
 
@@ -88,7 +91,7 @@ def test_a_row_is_made_again_by_what_made_it(environ, monkeypatch, tmp_path, ask
     (["places", "blobs", "ERM"], "places/blobs-ERM.json"), (["looks"], "cpu/rows/cmnist-0005-REST.json")])
 def test_each_command_that_trains_looks_where_its_result_is_stored(environ, monkeypatch, tmp_path, words, path):
     def made(*args, **options): raise ValueError(os.environ.get("ATEN_CPU_CAPABILITY"))
-    for name in ("check", "execute"): monkeypatch.setattr(commands, name, made)
+    for name in ("rest_nb.configs.read_params", "rest_nb.rows.ready", "rest_nb.__main__.compiled"): monkeypatch.setattr(name, made)
     stored(tmp_path / "runs" / path, vectors="AVX512")
     with pytest.raises(ValueError, match="None"): commands.COMMANDS[words[0]](tmp_path, *words[1:])
     stored(tmp_path / "runs" / path, vectors="AVX2")

@@ -155,8 +155,19 @@ def test_what_was_tried_with_other_code_is_tried_again(root, monkeypatch):
         scripted(patch, {.001: .2, .05: None})
         with pytest.raises(KeyboardInterrupt): search_row(root, "blobs", "ERM")
     asked = scripted(monkeypatch, {.001: .9, .05: .3})
+    monkeypatch.setattr("rest_nb.rows.code_hash", lambda config: "another")
     monkeypatch.setattr(search, "rehearse", lambda *how: "another")
     assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .001} and asked == [.001, .05]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_only_other_code_is_rehearsed(root, monkeypatch, same):
+    scripted(monkeypatch, {.001: .2, .05: .3})
+    before, rehearsed = search_row(root, "blobs", "ERM"), []
+    monkeypatch.setattr(search, "rehearse", lambda *how: rehearsed.append(how) or "rehearsed")
+    if not same: monkeypatch.setattr("rest_nb.rows.code_hash", lambda config: "another")
+    assert search_row(root, "blobs", "ERM") == (before if same else before | dict(code="another"))
+    assert len(rehearsed) == (not same)
 
 
 def test_what_another_rule_judged_is_judged_again(root, monkeypatch):

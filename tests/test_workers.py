@@ -16,6 +16,7 @@ from test_checkpoints import result, study
 from test_experiments import make_root, write_params
 
 from rest_nb import workers
+from rest_nb.processors import PLAINER, has
 from rest_nb.rows import THREADS
 from rest_nb.workers import client, do_all, train
 
@@ -121,7 +122,7 @@ def test_a_study_is_what_is_pending_and_searches_come_first(tmp_path, monkeypatc
                 (root / "runs" / "search" / f"{'-'.join(task)}.json").write_text(json.dumps(dict(winner=dict(lr=.05))))
         return {("blobs", "it"): ValueError("no")} if function.func.__name__ == "search" else {}
     monkeypatch.setattr(workers, "do_all", inline)
-    monkeypatch.setattr(workers, "client", lambda where: contextlib.nullcontext())
+    monkeypatch.setattr(workers, "client", lambda where, vectors: contextlib.nullcontext())
     failed = train(root, 2, ["tiny", "rivals", "tiny"])  # a budget that is named twice is trained once
     assert asked == [("search", "blobs", "ERM"), ("search", "blobs", "it"), ("row", "tiny", "blobs", "ERM"), ("row", "tiny", "blobs", "it"),
                      ("row", "rivals", "blobs", "ERM")]  # the other has no settings yet
@@ -131,6 +132,31 @@ def test_a_study_is_what_is_pending_and_searches_come_first(tmp_path, monkeypatc
     monkeypatch.setattr(workers, "held", lambda root: made)
     train(root, 2, ["tiny", "rivals"])
     assert asked == [("search", "blobs", "ERM"), ("row", "tiny", "blobs", "it"), ("row", "rivals", "blobs", "ERM")]
+
+
+@pytest.mark.parametrize("where, has, expected", [
+    (2, True, [(None, ["new", "wide", "old"]), ("AVX2", ["plain", "plain too"])]), ("tcp://there:1", True, [(None, ["new", "wide", "plain", "old", "plain too"])]),
+    (2, False, [(None, ["new", "wide", "plain", "old", "plain too"])])])
+def test_what_is_stored_is_made_again_by_what_made_it(tmp_path, monkeypatch, where, has, expected):
+    monkeypatch.delenv("REST_NB_VECTORS", raising=False)
+    stored = dict(wide=dict(vectors="AVX512"), plain=dict(vectors="AVX2"), old={}, **{"plain too": dict(vectors="AVX2")})
+    for name, versions in stored.items(): (tmp_path / f"{name}.json").write_text(json.dumps(dict(versions=versions)))
+    done = []
+    monkeypatch.setattr(workers, "has", lambda vectors: has)
+    monkeypatch.setattr(workers, "client", lambda where, vectors: contextlib.nullcontext((where, vectors)))
+    monkeypatch.setattr(workers, "do_all", lambda client, function, tasks, told: done.append((client, tasks)) or {tasks[0]: function})
+    failed = workers.as_stored(where, "error", {(name,): tmp_path / f"{name}.json" for name in ("new", "wide", "plain", "old", "plain too")}, print)
+    assert done == [((where, vectors), [(name,) for name in names]) for vectors, names in expected]
+    assert failed == {(names[0],): "error" for _, names in expected}
+
+
+@pytest.mark.skipif(not has("AVX2"), reason="this processor has no plainer one that it could pass for")
+def test_workers_compute_by_the_vector_instructions_they_are_given():
+    def found():
+        import torch
+        return torch.backends.cpu.get_cpu_capability(), os.environ.get("NUMBA_CPU_NAME")
+    with client(1, "AVX2") as workers: assert workers.submit(found).result() == ("AVX2", PLAINER["AVX2"]["NUMBA_CPU_NAME"])
+    assert "NUMBA_CPU_NAME" not in os.environ  # Dask had set it here, too: the next workers would have inherited it
 
 
 def test_dvc_tells_what_is_made(tmp_path):
