@@ -39,9 +39,9 @@ def with_update(run, method):
     return step
 
 # %% ../nbs/0b_timing.ipynb #0bf61975
-def due(config):
-    "How many mask updates a run has, if its method updates masks."
-    return max(math.ceil(config.t_end * config.steps / config.delta_t) - 1, 0)
+def due(config, delta_t):
+    "How many mask updates a run has whose masks are updated every `delta_t` steps."
+    return max(math.ceil(config.t_end * config.steps / delta_t) - 1, 0)
 
 
 def time_methods(root, budget, setting, rounds=20):
@@ -52,21 +52,23 @@ def time_methods(root, budget, setting, rounds=20):
     and for each method in `methods`: step, update, and `seconds`, a step with its share of the updates.
     """
     params = read_params(Path(root) / "params.yaml")
-    train, contestants, configs = load(Path(root) / "sets" / f"{setting}.npz", "train"), {}, {}
+    train, contestants, configs, every = load(Path(root) / "sets" / f"{setting}.npz", "train"), {}, {}, {}
     for method in named(params, budget, "methods"):
         config = configs[method] = configure(params, budget, setting, method)
         timed = 4 * rounds + 20  # more steps than will be taken, and no mask update among them
-        setup = Run(dataclasses.replace(config, steps=timed, eval_every=timed, delta_t=timed), 0, train).prepare()
+        setup = Run(dataclasses.replace(config, steps=max(timed, config.steps), eval_every=timed), 0, train).prepare()
         contestants[method] = stepper(setup)
         for hook in setup["hooks"]:
-            if isinstance(hook, masks.SET): contestants[method, "update"] = with_update(contestants[method], hook)
+            if not isinstance(hook, masks.SET): continue
+            every[method], hook.delta_t = hook.delta_t, timed  # the part's own, if it has one (pruning.ITOP(longer=2))
+            contestants[method, "update"] = with_update(contestants[method], hook)
     index, generator = torch.randperm(len(train))[:config.batch_size], torch.Generator()
     contestants["batch"] = lambda: assemble(train.x, index, config.images.transform, generator=generator)
     medians = alternate(contestants, rounds)
     updates = {method: max(medians.get((method, "update"), 0) - medians[method], 0) for method in configs}
     result = dict(machine=machine(), rounds=rounds, setting=setting, batch=medians["batch"], methods={
         method: dict(step=medians[method], update=updates[method],
-                     seconds=medians[method] + updates[method] * due(config) / config.steps)
+                     seconds=medians[method] + (updates[method] * due(config, every[method]) / config.steps if method in every else 0))
         for method, config in configs.items()})
     write_json(Path(root) / "runs" / budget / "seconds" / "steps.json", result)
     return result

@@ -1294,6 +1294,15 @@ def test_a_step_carries_its_share_of_the_updates(root, clock):
     assert taken["seconds"] == 1 + 5 * 2 / 16
 
 
+def test_who_updates_at_times_of_his_own_is_timed_by_these(root, clock):
+    "Every 2nd step of 16 before the 12th: 5 updates. Twice as long as every 4th: one, at step 8. GMP has its own way to update, which takes no time here."
+    study = edited("budgets", "tiny", steps=16, delta_t=4)
+    own = {"often": dict(sparsity="masks.RigL(delta_t=2)"), "rarely": dict(sparsity="pruning.ITOP(longer=2)"), "GMP": dict(sparsity="pruning.GMP", storage="masked")}
+    write_params(root, dict(study, methods=own, budgets=dict(study["budgets"], tiny=dict(study["budgets"]["tiny"], methods=[*own]))))
+    taken = time_methods(root, "tiny", "blobs", rounds=1)["methods"]
+    assert {method: (found["step"], round((found["seconds"] - 1) * 16 / 5, 9)) for method, found in taken.items()} == {"often": (1, 5), "rarely": (1, 1), "GMP": (1, 0)}
+
+
 def test_seconds_of_a_killed_row_that_was_not_alone_are_not_alone(root, monkeypatch):
     write_params(root, edited("budgets", "tiny", seeds=[1, 2]))
     with monkeypatch.context() as during:
