@@ -56,7 +56,8 @@ def time_methods(root, budget, setting, rounds=20):
     for method in named(params, budget, "methods"):
         config = configs[method] = configure(params, budget, setting, method)
         timed = 4 * rounds + 20  # more steps than will be taken, and no mask update among them
-        setup = Run(dataclasses.replace(config, steps=max(timed, config.steps), eval_every=timed), 0, train).prepare()
+        steps = max(timed, config.steps)
+        setup = Run(dataclasses.replace(config, steps=steps, eval_every=steps), 0, train).prepare()
         contestants[method] = stepper(setup)
         for hook in setup["hooks"]:
             if not isinstance(hook, masks.SET): continue

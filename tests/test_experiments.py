@@ -1294,6 +1294,13 @@ def test_a_step_carries_its_share_of_the_updates(root, clock):
     assert taken["seconds"] == 1 + 5 * 2 / 16
 
 
+@pytest.mark.parametrize("steps", [2, 24, 30, 60])
+def test_runs_of_any_length_are_timed(root, clock, steps):
+    "More steps are timed than a short one has, and none of a long one's evaluations."
+    write_params(root, edited("budgets", "tiny", steps=steps, eval_every=1, delta_t=1))
+    assert all(taken["step"] == 1 for taken in time_methods(root, "tiny", "blobs", rounds=1)["methods"].values())
+
+
 def test_who_updates_at_times_of_his_own_is_timed_by_these(root, clock):
     "Every 2nd step of 16 before the 12th: 5 updates. Twice as long as every 4th: one, at step 8. GMP has its own way to update, which takes no time here."
     study = edited("budgets", "tiny", steps=16, delta_t=4)
