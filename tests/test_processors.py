@@ -98,6 +98,19 @@ def test_each_command_that_trains_looks_where_its_result_is_stored(environ, monk
     with pytest.raises(ValueError, match="avx2"): commands.COMMANDS[words[0]](tmp_path, *words[1:])
 
 
+def test_notebooks_are_told_that_kernels_are_compiled_once_they_are(environ, monkeypatch, tmp_path):
+    "Not before, and not where that failed: a notebook that compiles them itself rounds a last digit otherwise (`rows.ready`)."
+    environ.pop("REST_NB_COMPILED", None)
+    def fail(root): raise ValueError("no compiler")
+    monkeypatch.setattr(commands, "compile", fail)
+    with pytest.raises(ValueError, match="no compiler"): commands.compiled(tmp_path)
+    assert "REST_NB_COMPILED" not in environ
+    seen = []
+    monkeypatch.setattr(commands, "compile", lambda root: seen.append((root, "REST_NB_COMPILED" in os.environ)))
+    commands.compiled(tmp_path)
+    assert seen == [(tmp_path, False)] and "REST_NB_COMPILED" in environ
+
+
 @pytest.mark.parametrize("lacks", [True, False])
 def test_who_cannot_make_a_row_as_it_was_made_is_told(environ, monkeypatch, tmp_path, capsys, lacks):
     stored(tmp_path / "blobs-ERM.json", vectors="AVX512")
