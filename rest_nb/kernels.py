@@ -364,7 +364,7 @@ def correlate(counters, blocks, sums, gradient, source, starts, place, rows, col
 
 # %% ../nbs/04_kernels.ipynb #6865bcaf
 CHUNK = 256
-loose = kernel(fastmath={"contract", "reassoc", "nsz"})  # sums in any fixed order; NaN and Inf as ever
+loose = kernel(fastmath={"contract", "reassoc", "nsz"}, forceinline=True)  # sums in any fixed order; NaN and Inf as ever
 
 
 @loose

@@ -8,8 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-import nbformat
-
 # %% ../nbs/0a_notebooks.ipynb #1541957f
 def project_root(start="."):
     """The nearest folder at or above `start` that holds dvc.yaml.
@@ -50,7 +48,9 @@ def _joined(outputs):
     return joined
 
 
-def dump(nb): return nbformat.writes(nb) + "\n"
+def dump(nb):
+    import nbformat  # here, for it takes a second and a half, and most who import this module need the root only
+    return nbformat.writes(nb) + "\n"
 
 
 def write(nb, path):
@@ -71,6 +71,7 @@ def execute(source, target, cwd=None, progress=False, **parameters):
     (papermill would ignore them in silence), `RuntimeError` where a cell raises or the kernel dies;
     the notebook up to there is then `target` with the suffix `.failed.ipynb`.
     """
+    import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
     source, target = Path(source), Path(target)

@@ -237,7 +237,7 @@ def test_runs_are_stored_executed_with_the_parameters_of_their_place(path):
     found, place = {}, path.relative_to(ROOT / "runs")
     exec(injected[0].source, found)
     assert found["budget"] == place.parts[0]
-    if place.parts[1] == "rows" or found["budget"] == "places": assert f"{found['setting']}-{found['method']}" == path.stem
+    if place.parts[1] == "rows": assert f"{found['setting']}-{found['method']}" == path.stem
 
 
 @pytest.mark.parametrize("path", [p for p in NBS if p.name[0] == "1"], ids=lambda p: p.stem)
@@ -365,7 +365,6 @@ def test_outside_of_a_project(tmp_path, monkeypatch, capsys):
 
 
 def test_a_row_without_its_set_says_how_to_make_it(project, monkeypatch, capsys):
-    monkeypatch.setenv("REST_NB_COMPILED", "1")  # as the command does; after the test it is taken back: other tests' notebooks are no children of a row
     # Through papermill and a kernel: the one line comes last, after the progress bar's.
     status = main(["row", "tiny", "cmnist-0005", "REST"])
     said = capsys.readouterr().err

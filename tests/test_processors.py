@@ -88,27 +88,14 @@ def test_a_row_is_made_again_by_what_made_it(environ, monkeypatch, tmp_path, ask
 @needs_avx2
 @pytest.mark.parametrize("words, path", [
     (["row", "tiny", "blobs", "ERM"], "tiny/rows/blobs-ERM.json"), (["search", "blobs", "ERM"], "search/blobs-ERM.json"),
-    (["places", "blobs", "ERM"], "places/blobs-ERM.json"), (["looks"], "cpu/rows/cmnist-0005-REST.json")])
+    (["looks"], "cpu/rows/cmnist-0005-REST.json")])
 def test_each_command_that_trains_looks_where_its_result_is_stored(environ, monkeypatch, tmp_path, words, path):
     def made(*args, **options): raise ValueError(os.environ.get("ATEN_CPU_CAPABILITY"))
-    for name in ("rest_nb.configs.read_params", "rest_nb.rows.ready", "rest_nb.__main__.compiled"): monkeypatch.setattr(name, made)
+    for name in ("rest_nb.configs.read_params", "rest_nb.rows.ready", "rest_nb.__main__.execute"): monkeypatch.setattr(name, made)
     stored(tmp_path / "runs" / path, vectors="AVX512")
     with pytest.raises(ValueError, match="None"): commands.COMMANDS[words[0]](tmp_path, *words[1:])
     stored(tmp_path / "runs" / path, vectors="AVX2")
     with pytest.raises(ValueError, match="avx2"): commands.COMMANDS[words[0]](tmp_path, *words[1:])
-
-
-def test_notebooks_are_told_that_kernels_are_compiled_once_they_are(environ, monkeypatch, tmp_path):
-    "Not before, and not where that failed: a notebook that compiles them itself rounds a last digit otherwise (`rows.ready`)."
-    environ.pop("REST_NB_COMPILED", None)
-    def fail(root): raise ValueError("no compiler")
-    monkeypatch.setattr(commands, "compile", fail)
-    with pytest.raises(ValueError, match="no compiler"): commands.compiled(tmp_path)
-    assert "REST_NB_COMPILED" not in environ
-    seen = []
-    monkeypatch.setattr(commands, "compile", lambda root: seen.append((root, "REST_NB_COMPILED" in os.environ)))
-    commands.compiled(tmp_path)
-    assert seen == [(tmp_path, False)] and "REST_NB_COMPILED" in environ
 
 
 @pytest.mark.parametrize("lacks", [True, False])

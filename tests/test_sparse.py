@@ -543,6 +543,7 @@ def test_input_of_another_dtype():
 def test_density_is_said_once():
     model = sparsify(nn.Linear(4, 3), .5)
     with pytest.raises(ValueError, match="stored sparse already"): StaticSparse(model, None, .5)
+    with pytest.raises(ValueError, match="^the model is stored sparse already: densify it first$"): sparsify(model, .5)
     with pytest.raises(ValueError, match="density is None"): StaticSparse(nn.Linear(4, 3), None)
 
 
@@ -766,17 +767,28 @@ def test_kernels_work_where_nothing_can_be_cached(tmp_path):
     assert done.returncode == 0 and done.stdout.split() == ["NullCache"], done.stderr
 
 
-def test_rows_find_all_their_kernels_compiled(tmp_path):
-    "What is compiled in the process that trains rounds otherwise than what is loaded: so `row` compiles in another one first."
-    env = dict(os.environ, NUMBA_CACHE_DIR=str(tmp_path))
+def test_who_compiles_computes_as_those_who_load(tmp_path):
+    "To the bit: forward, all gradients, an update of the masks."
+    code = ("import hashlib, torch\n"
+            "from rest_nb import masks, models, sparse\n"
+            "found = hashlib.sha256()\n"
+            "for make, size in ((models.resnet18, 32), (models.cnn, 28)):\n"
+            "    torch.manual_seed(0)\n"
+            "    model = sparse.sparsify(make(10, width=32), density=.05)\n"
+            "    optimizer = torch.optim.SGD(model.parameters(), .1)\n"
+            "    rigl = masks.RigL(model, optimizer, delta_t=1, t_end=3)\n"
+            "    for _ in range(2):\n"
+            "        optimizer.zero_grad()\n"
+            "        model(torch.rand(40, 3, size, size)).logsumexp(1).sum().backward()\n"
+            "        rigl.before_step(), optimizer.step(), rigl.after_step()\n"
+            "    for tensor in model.state_dict().values(): found.update(tensor.numpy().tobytes())\n"
+            "print(found.hexdigest())")
+    run = lambda: subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ, NUMBA_CACHE_DIR=str(tmp_path)), cwd=ROOT,
+                                 capture_output=True, text=True).stdout
     files = lambda: sorted(p.name for p in tmp_path.rglob("*.nbc"))
-    subprocess.run([sys.executable, "-m", "rest_nb", "compile"], check=True, env=env, cwd=ROOT, capture_output=True)
-    compiled = files()
-    code = ("import torch; from rest_nb.data import BiasedDataset; from rest_nb.experiments import Config, run_seed\n"
-            "data = BiasedDataset(torch.randint(0, 256, (600, 3, 28, 28)).byte(), torch.arange(600) % 10, torch.arange(600) % 7)\n"
-            "run_seed(Config(sparsity='masks.RigL', width=16, batch_size=300, steps=4, eval_every=2, density=.1), 1, lambda split: data)")
-    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
-    assert compiled and files() == compiled
+    assert not files()
+    first, compiled = run(), files()
+    assert compiled and run() == first and files() == compiled
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
