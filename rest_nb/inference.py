@@ -580,7 +580,8 @@ class Frozen(nn.Module):
     """A network that answers, made by `freeze`: images N×C×H×W of its dtype, or of bytes if it has a `table` for them, on the CPU, to what the network gives,
     N×K (or N×C'×H'×W').
 
-    No gradient flows. Its one parameter, `values`, holds the weights; they are not to be changed. What is pickled, or saved whole, answers on other machines, too.
+    No gradient flows. Its one parameter, `values`, holds the weights; they are not to be changed. What is pickled, or saved whole (and loaded with
+    `weights_only=False`), answers on other machines, too.
     Raises `ValueError` for images of another dtype or size than the network can take.
     """
     def __init__(self, model, table=None):
@@ -615,6 +616,10 @@ class Frozen(nn.Module):
         taken = {step.shape[1] * step.groups for step in self.steps if step.source == 0 and step.shape and len(step.shape) == 4} - {len(table)}
         if taken or self.ndim == 2: raise ValueError(f"table is {len(table)}×256, but the network takes {f'{taken.pop()} channels' if taken else 'vectors'}; expected one that fits")
         return table
+
+    def load_state_dict(self, *state, **how):
+        "Raises `ValueError`: the `state_dict` holds the weights, and not where they belong."
+        raise ValueError("a frozen network is more than its state: load the model's and freeze it again, or save the frozen network whole")
 
     def __getstate__(self): return dict(self.__dict__, plans={})  # they fit this processor
 

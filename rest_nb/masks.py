@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'maskable', 'uniform', 'erk', 'keep_counts', 'random_mask', 'first_masks', 'Masked', 'StaticSparse',
-           'largest', 'drop_and_grow', 'SET', 'RigL']
+           'largest', 'drop_and_grow', 'SET', 'RigL', 'overlap', 'by_chance', 'dead', 'Places']
 
 # %% ../nbs/03_masks.ipynb #18f689d7
 import math
@@ -47,22 +47,34 @@ def keep_counts(weights, density, distribution=erk):
     """How many weights each layer keeps, {name: int}:
     adds up to round(`density` × all) exactly (largest remainder).
 
-    `weights`: {name: tensor}.
-    Raises `ValueError` for a density outside (0, 1] and where a layer would be left empty.
+    `weights`: {name: tensor}. `density`: a share of all, or of each weight, {name: share}; 1 leaves that layer dense.
+    Raises `ValueError` for a density outside (0, 1], a weight without one or one without a weight, where a layer would be left
+    empty, and for a `distribution` whose shares are not as many, not in (0, 1] or far from adding up.
     """
-    if density is None or not 0 < density <= 1:
-        raise ValueError(f"density is {density}; expected a share in (0, 1]")
     sizes = [w.numel() for w in weights.values()]
-    shares = [d * n for d, n in zip(distribution([tuple(w.shape) for w in weights.values()], density), sizes)]
+    if isinstance(density, dict):
+        if odd := [name for name in (*weights, *density) if (name in weights) != (name in density)]:
+            raise ValueError(f"density has {odd[0]}, which the model has not" if odd[0] in density else
+                             f"density has nothing for {odd[0]}; expected a share for each of {', '.join(weights)}")
+        given, source = [density[name] for name in weights], "density"
+    else:
+        if density is None or not 0 < density <= 1: raise ValueError(f"density is {density}; expected a share in (0, 1]")
+        given, source = distribution([tuple(w.shape) for w in weights.values()], density), distribution.__name__
+    for name, share in zip(weights, given):
+        if not 0 < share <= 1: raise ValueError(f"{source} is {share} for {name}; expected a share in (0, 1]")
+    shares = [d * n for d, n in zip(given, sizes)]
+    total = round(sum(shares) if isinstance(density, dict) else density * sum(sizes))
     counts = [math.floor(share) for share in shares]
     # stable: ties go to the earlier layer
     by_remainder = sorted(range(len(counts)), key=lambda i: counts[i] - shares[i])
     room = [i for i in by_remainder if counts[i] < sizes[i]]
-    for i in room[:round(density * sum(sizes)) - sum(counts)]: counts[i] += 1
+    for i in room[:max(total - sum(counts), 0)]: counts[i] += 1
+    if len(given) != len(sizes) or sum(counts) != total:
+        raise ValueError(f"{source} keeps {sum(shares):g} weights in {len(given)} layers; expected {total} in {len(sizes)}")
     if 0 in counts:
         empty = list(weights)[counts.index(0)]
         raise ValueError(f"density is {density}: too small, "
-                         f"{distribution.__name__} leaves {empty} without any weight")
+                         f"{source} leaves {empty} without any weight")
     return dict(zip(weights, counts))
 
 # %% ../nbs/03_masks.ipynb #653e7496
@@ -77,12 +89,13 @@ def first_masks(weights, density, distribution=erk, seed=0, masks=None):
     """The first masks of all `weights`, {name: bool tensor}, on the weights' devices: drawn, or the given `masks`.
 
     Raises `ValueError` as `keep_counts` does, where both density and masks are given,
-    and, naming it, for a weight whose mask is missing, of another shape or kind, or empty.
+    and, naming it, for a weight whose mask is missing, of another shape or kind, or empty, and a mask without a weight.
     """
     if masks is None:
         counts, generator = keep_counts(weights, density, distribution), torch.Generator().manual_seed(seed)
         masks = {name: random_mask(w.shape, counts[name], generator) for name, w in weights.items()}
     elif density is not None: raise ValueError(f"density is {density} and masks are given; expected one of them")
+    if odd := masks.keys() - weights.keys(): raise ValueError(f"masks has {min(odd)}, which the model has not; expected {', '.join(weights)}")
     for name, w in weights.items():
         mask = masks.get(name)
         if mask is None or mask.shape != w.shape or mask.dtype != torch.bool or not mask.any():
@@ -100,7 +113,8 @@ class Masked:
     def gradient(self):
         "The gradient to the dense weight."
         if self.values.grad is None:
-            raise ValueError("a weight has no gradient: call before_step() after backward(), and freeze what the loss does not reach")
+            raise ValueError("a weight has no gradient: call before_step() after backward(), freeze what the loss does not reach, and load model, "
+                             "optimizer and this as one object, or each by its load_state_dict")
         return self.values.grad
 
     def hide(self, tensor):
@@ -124,11 +138,14 @@ class StaticSparse:
     `distribution`: how density is shared among layers (`erk`, `uniform`).
     `masks`: the first masks, {name: bool tensor} for all of `maskable(model)`, instead of a density.
     `optimizer`: any of torch's whose state per weight is of the weight's shape; it holds all weights that train (None: there is none).
-    To go on later, put model, optimizer and this aside as one object: `torch.save((model, optimizer, sparse), path)`.
+    To go on later, put model, optimizer and this aside as one object: `torch.save((model, optimizer, sparse), path)`, which
+    `torch.load(path, weights_only=False)` reads; or all three `state_dict`s, to load into three that are made as these were.
+    Gradients are clipped by their norm (`clip_grad_norm_`) between `before_step()` and the optimizer's step.
     Raises `ValueError` as `first_masks` does, where more than one of model, `density` and `masks` says how sparse
     to be, and, naming it, for a weight that is computed (weight_norm) or that the optimizer does not hold.
     """
     schedule = ()  # which of a run's delta_t, t_end and drop_fraction it takes
+    changes = ("updates",)  # what, besides masks and generator, a step may change: numbers, or tensors by layer
     select_from = 0  # the step from which on the model is as sparse as it shall be
 
     def __init__(self, model, optimizer, density=None, *, distribution=erk, seed=0, masks=None):
@@ -169,6 +186,22 @@ class StaticSparse:
     def kept_at(self, step):
         "How many weights each layer keeps from this `step` on, {name: int}; here always as many."
         return self.counts
+
+    def state_dict(self):
+        "All that `load_state_dict` needs to go on from here with the same model and optimizer: masks, tensors and plain numbers."
+        by_name = lambda told: {name: told[layer].clone() for name, layer in self.layers.items() if layer in told} if isinstance(told, dict) else told
+        return dict({name: by_name(getattr(self, name)) for name in self.changes}, generator=self.generator.get_state(),
+                    masks={name: mask.clone() for name, mask in self.masks.items()})
+
+    def load_state_dict(self, state):
+        "Go on from where `state_dict()` gave `state`, before or after model and optimizer load theirs. Raises `ValueError` for another class's or model's."
+        expected = {*self.changes, "generator", "masks"}
+        if state.keys() != expected: raise ValueError(f"the state has {', '.join(sorted(state))}; expected {', '.join(sorted(expected))}")
+        masks = first_masks({name: layer.mask for name, layer in self.layers.items()}, None, masks=state["masks"])
+        for name, layer in self.layers.items(): layer.exchange(masks[name], masks[name], [])
+        by_layer = lambda told: {self.layers[name]: each.to(masks[name].device, copy=True) for name, each in told.items()} if isinstance(told, dict) else told
+        for name in self.changes: setattr(self, name, by_layer(state[name]))
+        self.generator.set_state(state["generator"])
 
     @torch.no_grad()
     def before_step(self):
@@ -214,6 +247,7 @@ class SET(StaticSparse):
     share out of [0, 1].
     """
     schedule = ("delta_t", "t_end", "drop_fraction")
+    changes = ("updates", "step")
 
     def __init__(self, model, optimizer, density=None, *, delta_t, t_end, drop_fraction=0.5, **kwargs):
         if not (delta_t >= 1 and delta_t % 1 == 0):
@@ -283,3 +317,52 @@ class RigL(SET):
     def __setstate__(self, state):  # a layer that is loaded or copied does not know
         self.__dict__.update(state)
         self.tell(self.is_due(self.step + 1))
+
+    def load_state_dict(self, state):
+        "As in `StaticSparse`."
+        super().load_state_dict(state)
+        self.tell(self.is_due(self.step + 1))
+
+# %% ../nbs/03_masks.ipynb #baab2af3
+def overlap(one, other):
+    "The share of the weights of `one` that `other` has too. Masks, {name: bool tensor}."
+    return sum(int((mask & other[name]).sum()) for name, mask in one.items()) / sum(int(mask.sum()) for mask in one.values())
+
+
+def by_chance(one, other):
+    "The `overlap` to expect if the weights of `other` lay anywhere in their layers."
+    met = sum(int(mask.sum()) * other[name].double().mean().item() for name, mask in one.items())
+    return met / sum(int(mask.sum()) for mask in one.values())
+
+
+def dead(masks):
+    "The share of filters (output channels) of each layer without a weight, {name: float}."
+    return {name: (~mask.flatten(1).any(1)).double().mean().item() for name, mask in masks.items()}
+
+
+class Places:
+    """Watches where the weights of a `sparse` network (a `StaticSparse`, or what derives from it) come by.
+
+    Call `before_step()` and `after_step()` after those of `sparse`. `first`, `ever`: masks, at the beginning and all together.
+    """
+    def __init__(self, sparse):
+        self.sparse, self.updates = sparse, sparse.updates
+        self.first, self.ever = ({name: mask.clone() for name, mask in sparse.masks.items()} for _ in range(2))
+
+    def before_step(self): pass
+
+    def after_step(self):
+        "After an update, remember who has come."
+        if self.sparse.updates == self.updates: return
+        for name, mask in self.sparse.masks.items(): self.ever[name] |= mask
+        self.updates = self.sparse.updates
+
+    def told(self):
+        """Until now: `travel`, `explored` (shares of the first, and of all weights); by layer `densities`, `dead` filters (shares)
+        and the positions `kept`, indices into the flat weight. Plain numbers.
+        """
+        last = self.sparse.masks
+        return dict(travel=1 - overlap(self.first, last),
+                    explored=sum(int(mask.sum()) for mask in self.ever.values()) / sum(mask.numel() for mask in self.ever.values()),
+                    densities={name: mask.double().mean().item() for name, mask in last.items()}, dead=dead(last),
+                    kept={name: mask.flatten().nonzero().flatten().tolist() for name, mask in last.items()})

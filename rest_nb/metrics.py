@@ -16,12 +16,14 @@ def group_accuracy(predicted, y, a):
     `predicted`, `y`, `a`: int tensors of one length N. A sample is aligned where `a` equals `y`: codes must say so
     (`own_data.from_arrays` numbers attributes by the class that they go with).
     A group without a sample has accuracy NaN, and is never the worst.
-    Raises `ValueError` for lengths that differ, and where `a` is not known.
+    Raises `ValueError` for lengths that differ, what is no vector, and where `a` is not known.
     """
     if a is None: raise ValueError("a is None; expected the bias attribute of each image")
     if not len(predicted) == len(y) == len(a):
         raise ValueError(f"{len(predicted)} predictions, {len(y)} targets, {len(a)} attributes; "
                          "expected as many of each")
+    if not predicted.ndim == y.ndim == a.ndim == 1:
+        raise ValueError(f"shapes are {tuple(predicted.shape)}, {tuple(y.shape)}, {tuple(a.shape)}; expected vectors of class numbers (of logits, argmax(1))")
     correct = (predicted == y).numpy()
     y, a = y.numpy(), a.numpy()
     groups = {"unbiased": y == y, "aligned": y == a, "conflicting": y != a}

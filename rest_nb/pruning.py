@@ -116,6 +116,7 @@ class Momentum(RigL):
     `alpha`: how much of it stays at each step. It needs the dense gradient at every step before `t_end`.
     """
     dense_gradients = 0  # so far
+    changes = ("updates", "step", "averages", "dense_gradients")
 
     def __init__(self, *args, alpha=0.9, **kwargs):
         if not 0 <= alpha < 1: raise ValueError(f"alpha is {alpha}; expected a share in [0, 1)")
@@ -146,6 +147,8 @@ class ITOP(SET):
 
     `longer`: so many times `delta_t` lie between updates, as weights need time to show what they are good for.
     """
+    changes = ("updates", "step", "ever")
+
     def __init__(self, *args, delta_t, longer=1, **kwargs):
         super().__init__(*args, delta_t=longer * delta_t, **kwargs)
         self.ever = {layer: layer.mask.clone() for layer in self.layers.values()}

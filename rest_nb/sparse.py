@@ -303,7 +303,8 @@ class SparseConv2d(nn.Module):
 
     def gradient(self):
         "The gradient to the dense weight, from what `backward` left; `wanted` must have been set before `forward`."
-        if not self.caught: raise ValueError("a weight has no gradient: call before_step() after backward(), and freeze what the loss does not reach")
+        if not self.caught: raise ValueError("a weight has no gradient: call before_step() after backward(), freeze what the loss does not reach, and load model, "
+                                             "optimizer and this as one object, or each by its load_state_dict")
         total = sum(made() for made in self.caught)
         self.caught.clear()
         return total
@@ -444,10 +445,12 @@ def sparsify(model, density=None, *, distribution=erk, seed=0, masks=None):
     """Store the convolutions and linear layers of `model` sparse, in place,
     at random positions drawn as `StaticSparse` draws its masks, or at those of given `masks`.
 
-    Returns the model; make the optimizer afterwards, and replace no module of it before `densify`.
+    Returns the model; make the optimizer afterwards, and replace no module of it before `densify`. Values are stored by their
+    order, and positions move: who averages weights over steps (EMA, SWA) averages copies that are `densify`d.
     Raises `ValueError`, naming the layer, for what cannot be stored sparse, and as `masks.first_masks` does.
     """
     refuse(model)
+    if any(isinstance(layer, SparseConv2d) for layer in model.modules()): raise ValueError("the model is stored sparse already: densify it first")
     weights = maskable(model)
     masks = first_masks(weights, density, distribution, seed, masks)
     masks = {weight: masks[name] for name, weight in weights.items()}

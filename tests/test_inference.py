@@ -381,6 +381,7 @@ def test_it_is_a_module_that_stays_as_it_is(frozen):
 def test_plans_of_this_processor_are_not_put_aside(frozen):
     frozen(torch.rand(1, 3, 32, 32))
     assert frozen.plans and pickle.loads(pickle.dumps(frozen)).plans == {} == copy.deepcopy(frozen).plans
+    with pytest.raises(ValueError, match="^a frozen network is more than its state"): frozen.load_state_dict(frozen.state_dict())
     for size in range(20, 30): frozen(torch.rand(1, 3, size, size))
     assert len(frozen.plans) == 4
 

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from rest_nb.masks import SET, RigL, StaticSparse, drop_and_grow, erk, first_masks, keep_counts, largest, maskable, random_mask
-from rest_nb.masks import uniform
+from rest_nb.masks import SET, Places, RigL, StaticSparse, by_chance, dead, drop_and_grow, erk, first_masks, keep_counts, largest, maskable
+from rest_nb.masks import overlap, random_mask, uniform
 from rest_nb.models import cnn
-from rest_nb.pruning import ITOP, Momentum
+from rest_nb.pruning import GMP, ITOP, Momentum
 from rest_nb.sparse import sparsify
 
 # Derandomised: what passed today passes tomorrow. No deadline: the machine may be busy.
@@ -184,6 +184,31 @@ def test_an_empty_layer_is_refused_by_name():
 def test_a_density_that_is_no_share_is_refused(density):
     with pytest.raises(ValueError, match=f"density is {density}; expected a share"):
         keep_counts({"w": torch.empty(9, 9)}, density)
+
+
+@pytest.mark.parametrize("density, said", [
+    (dict(a=.5), "^density has nothing for b; expected a share for each of a, b$"), (dict(a=.5, b=.5, c=1), "^density has c, which the model has not$"),
+    (dict(a=0, b=.5), r"^density is 0 for a; expected a share in \(0, 1\]$"), (dict(a=.5, b=math.nan), "^density is nan for b"), (dict(a=.01, b=1), "leaves a without")])
+def test_densities_by_layer_are_checked_by_name(density, said):
+    with pytest.raises(ValueError, match=said): keep_counts({"a": torch.empty(3, 3), "b": torch.empty(2, 2)}, density)
+
+
+def test_densities_by_layer_are_kept():
+    # 2.5, 4 and 2.6 make 9.1, so 9; the floors make 8, and the third's fraction is the largest.
+    weights = {"a": torch.empty(5, 1), "b": torch.empty(2, 2), "c": torch.empty(13, 1)}
+    assert keep_counts(weights, dict(c=.2, a=.5, b=1)) == dict(a=2, b=4, c=3)
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 4))
+    for store in (False, True):
+        sparse = RigL(sparsify(model, {"0.weight": .1, "1.weight": 1}) if store else model, sgd(model), None if store else {"0.weight": .1, "1.weight": 1}, delta_t=1, t_end=9)
+        assert sparse.kept_at(0) == {"0.weight": 10, "1.weight": 40}
+
+
+@pytest.mark.parametrize("shares, said", [
+    ([1, .05, 1], "^mine keeps 205 weights in 3 layers; expected 30 in 3$"), ([.1, .1], "^mine keeps 20 weights in 2 layers; expected 30 in 3$"),
+    ([-1, .1, .1], r"^mine is -1 for a; expected a share in \(0, 1\]$"), ([.1, .1, math.nan], "^mine is nan for c"), ([.01, .01, .01], "^mine keeps 3 weights")])
+def test_a_distribution_that_is_none_is_refused(shares, said):
+    def mine(shapes, density): return shares
+    with pytest.raises(ValueError, match=said): keep_counts({name: torch.empty(10, 10) for name in "abc"}, .1, mine)
 
 
 # --------------------------------------------------------------------------------- which, at first
@@ -714,6 +739,7 @@ def test_given_masks_are_taken_as_they_are(store):
 
 
 @pytest.mark.parametrize("changes, said", [
+    ({"3.weight": torch.ones(2, 2).bool()}, "^masks has 3.weight, which the model has not; expected 0.weight, 2.weight$"),
     ({"0.weight": None}, r"^the mask of 0.weight is missing; expected bool of 4×3"),
     ({"2.weight": torch.ones(2, 3).bool()}, r"^the mask of 2.weight is torch.bool of 2×3, 6 kept; expected bool of 2×4"),
     ({"2.weight": torch.ones(2, 4)}, "^the mask of 2.weight is torch.float32"),
@@ -742,15 +768,20 @@ def test_largest_is_a_sort(scores, data):
         assert largest(torch.tensor(scores, dtype=kind), k).nonzero().flatten().tolist() == sorted(top)
 
 
+@pytest.mark.parametrize("as_dicts", [False, True])
 @pytest.mark.parametrize("store", [False, True])
-@pytest.mark.parametrize("kind", [SET, RigL, ITOP, Momentum])
-def test_what_was_put_aside_goes_on_as_if_nothing_had_been(kind, store, tmp_path):
-    "Model, optimizer and masks in one file: the next six steps are the same to the bit, updates among them."
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 3))
-    if store: sparsify(model, .3)
-    optimizer = sgd(model)
-    method = kind(model, optimizer, None if store else .3, delta_t=2, t_end=20)
+@pytest.mark.parametrize("kind, make", [(SET, sgd), (RigL, sgd), (RigL, lambda model: torch.optim.Adam(model.parameters())), (ITOP, sgd), (Momentum, sgd), (GMP, sgd)])
+def test_what_was_put_aside_goes_on_as_if_nothing_had_been(kind, make, store, as_dicts, tmp_path):
+    "Model, optimizer and masks in one file, or the state of each: the next six steps are the same to the bit, updates among them."
+    if store and kind is GMP: return  # it begins dense
+
+    def begin(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 3))
+        if store: sparsify(model, .3, seed=seed)
+        optimizer = make(model)
+        return model, optimizer, kind(model, optimizer, None if store else .3, delta_t=2, t_end=20, seed=seed)
+    model, optimizer, method = begin(0)
 
     def go_on(model, optimizer, method, first):
         for step in range(first, first + 6):
@@ -761,11 +792,24 @@ def test_what_was_put_aside_goes_on_as_if_nothing_had_been(kind, store, tmp_path
         return [value.clone() for value in model.state_dict().values()], {name: mask.clone() for name, mask in method.masks.items()}
 
     go_on(model, optimizer, method, 0)
-    torch.save((model, optimizer, method), tmp_path / "aside.pt")
-    values, masks = go_on(model, optimizer, method, 6)
-    again, masks_again = go_on(*torch.load(tmp_path / "aside.pt", weights_only=False), 6)
+    parts = model, optimizer, method
+    torch.save([part.state_dict() for part in parts] if as_dicts else parts, tmp_path / "aside.pt")
+    values, masks = go_on(*parts, 6)
+    if as_dicts:
+        parts = begin(1)  # another seed: nothing of it may be left
+        for part, state in zip(parts, torch.load(tmp_path / "aside.pt")): part.load_state_dict(state)
+    else: parts = torch.load(tmp_path / "aside.pt", weights_only=False)
+    again, masks_again = go_on(*parts, 6)
     assert all(map(torch.equal, values, again)) and all(torch.equal(masks[name], masks_again[name]) for name in masks)
-    assert method.updates == 6
+    assert method.updates == parts[2].updates == 6
+
+
+def test_a_state_of_another_class_or_model_is_refused():
+    models = [nn.Linear(3, 4), nn.Linear(3, 5)]
+    moving, static, other = (RigL(models[0], sgd(models[0]), .5, delta_t=1, t_end=9), StaticSparse(models[0], sgd(models[0]), .5),
+                             RigL(models[1], sgd(models[1]), .5, delta_t=1, t_end=9))
+    with pytest.raises(ValueError, match="^the state has generator, masks, updates; expected generator, masks, step, updates$"): moving.load_state_dict(static.state_dict())
+    with pytest.raises(ValueError, match="^the mask of weight is torch.bool of 5×3, .* expected bool of 4×3"): moving.load_state_dict(other.state_dict())
 
 
 def test_growth_does_not_repeat_the_numbers_of_the_first_masks():
@@ -774,3 +818,45 @@ def test_growth_does_not_repeat_the_numbers_of_the_first_masks():
     drawn = torch.rand(30, 30, generator=torch.Generator().manual_seed(7))
     sparse = SET(model, sgd(model), .1, seed=7, delta_t=1, t_end=9)
     assert not torch.equal(sparse.grow_scores(sparse.layers["weight"]), drawn)
+
+
+# ------------------------------------------------------------------------------ where masks go
+
+@many
+@given(st.integers(1, 5).flatmap(lambda n: st.lists(st.tuples(st.booleans(), st.booleans()), min_size=4 * n, max_size=4 * n)))
+def test_two_masks_are_compared_weight_by_weight(pairs):
+    one, other = ({"a": part[: len(part) // 2].view(-1, 2), "b": part[len(part) // 2:].view(-1, 1, 2)} for part in torch.tensor(pairs).T)
+    assert dead(other)["a"] == np.mean([not any(row) for row in other["a"].tolist()])
+    kept = [p for p in pairs if p[0]]
+    if not kept: return
+    assert overlap(one, other) == pytest.approx(np.mean([q for _, q in kept]))
+    expected = sum(int(one[name].sum()) * np.mean(other[name].tolist()) for name in one) / len(kept)
+    assert by_chance(one, other) == pytest.approx(expected)
+
+
+@few
+@given(st.sampled_from([StaticSparse, SET, RigL]), st.booleans(), st.integers(0, 9), st.integers(1, 4))
+def test_places_are_those_that_masks_were_seen_at(kind, is_compact, seed, delta_t):
+    "Whatever the storage: sets of positions, noted after each step by whoever trains."
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    if is_compact: model = sparsify(model, .3, seed=seed)
+    optimizer = sgd(model)
+    schedule = dict(delta_t=delta_t, t_end=7, drop_fraction=.6) if kind.schedule else {}
+    sparse = kind(model, optimizer, None if is_compact else .3, seed=seed, **schedule)
+    at = lambda: {(name, place) for name, mask in sparse.masks.items() for place in np.flatnonzero(mask.numpy())}
+    places = Places(sparse)
+    first, ever = at(), at()
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(torch.rand(5, 2, 4, 4)).square().mean().backward()
+        for hook in (sparse, places): hook.before_step()
+        optimizer.step()
+        for hook in (sparse, places): hook.after_step()
+        ever |= at()
+    told, sizes = places.told(), {name: mask.numel() for name, mask in sparse.masks.items()}
+    assert told["travel"] == pytest.approx(len(first - at()) / len(first)) and told["explored"] == pytest.approx(len(ever) / sum(sizes.values()))
+    assert {(name, place) for name, kept in told["kept"].items() for place in kept} == at()
+    assert told["densities"] == pytest.approx({name: len(told["kept"][name]) / size for name, size in sizes.items()})
+    assert told["dead"] == dead(sparse.masks)
+    assert (told["travel"] > 0) == (sparse.updates > 0)

@@ -93,6 +93,12 @@ def test_unequal_lengths_are_refused(lengths):
         accuracy(*([0] * n for n in lengths))
 
 
+def test_what_is_no_vector_is_refused():
+    "N×1 against N would be compared all with all."
+    y = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"^shapes are \(2, 1\), \(2,\), \(2,\); expected vectors"): group_accuracy(y[:, None], y, y)
+
+
 # -------------------------------------------------------------------------------------- over seeds
 
 # Hundredths, as accuracies are: no overflow, and spreads large enough for relative comparison.

@@ -211,6 +211,11 @@ def test_equal_weights_are_no_weights():
     assert torch.allclose(weighted(logits, y, index), F.cross_entropy(logits, y))
 
 
+@pytest.mark.parametrize("weights", [[1, -1], [0, 0], [1, math.nan], [-1, -2]])
+def test_a_loss_of_weights_that_are_none_is_refused(weights):
+    with pytest.raises(ValueError, match="^weights go from .*; expected 0 or more, and some above 0$"): weighted_cross_entropy(torch.tensor(weights, dtype=torch.float64))
+
+
 def test_cross_entropy_by_hand_whatever_the_index():
     logits = torch.tensor([[0., 0.], [0., math.log(3)]])  # -log 1/2 and -log 3/4
     for index in (torch.tensor([3, 0]), None):
