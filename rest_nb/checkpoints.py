@@ -19,13 +19,15 @@ class Checkpoint:
     """A file in which a run puts itself aside: one object, and the state of torch's own generators.
 
     `made`: what the run is made with, a dict for JSON; only a file of the same is taken. `apart`: an object that is not stored,
-    but put in its place again. Whatever is in the file is executed when it is loaded, as with any pickle.
+    but put in its place again. `is_reader`: of processes that share a run, all but the first only
+    read it. Whatever is in the file is executed when it is loaded, as with any pickle.
     """
-    def __init__(self, path, made, apart=None):
-        self.path, self.made, self.apart, self.parts = Path(path), json.loads(json.dumps(made)), apart, 0
+    def __init__(self, path, made, apart=None, is_reader=False):
+        self.path, self.made, self.apart, self.is_reader, self.parts = Path(path), json.loads(json.dumps(made)), apart, is_reader, 0
 
     def save(self, it):
         "Write the file whole or not at all."
+        if self.is_reader: return
         body = io.BytesIO()
         pickler = cloudpickle.Pickler(body)
         pickler.persistent_id = lambda thing: "apart" if thing is self.apart and thing is not None else None
@@ -65,8 +67,9 @@ class Checkpoint:
     def part(self):
         "A checkpoint beside this one, for the next part of the run: the first call's, the second's, …"
         self.parts += 1
-        return Checkpoint(self.path.with_name(f"{self.path.name}-{self.parts}"), self.made, self.apart)
+        return Checkpoint(self.path.with_name(f"{self.path.name}-{self.parts}"), self.made, self.apart, self.is_reader)
 
     def clear(self):
         "Delete the file, and those of the run's parts."
+        if self.is_reader: return
         for path in (self.path, *self.path.parent.glob(f"{self.path.name}-*")): path.unlink(missing_ok=True)

@@ -118,6 +118,7 @@ class Config:
     eval_every: int = 5
     seeds: tuple = (41,)
     oracle: bool = False            # tell, too, how well a state selected on the test split would do
+    places: bool = False            # and where the weights of a sparse network came to lie
     device: str = "cpu"             # that computes; "cuda" is not the same from run to run to the last bit
 
     def __post_init__(self):

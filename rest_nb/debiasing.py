@@ -57,13 +57,16 @@ def check(penalty, lr):
     if not 0 < lr < math.inf: raise ValueError(f"lr is {lr}; expected a number above 0")
 
 
-def learn_mask(model, batches, images, y, loss=cross_entropy, *, contrast=None, penalty=1., lr=0.1, seed=0):
+def learn_mask(model, batches, images, y, loss=cross_entropy, *, contrast=None, penalty=1., lr=0.1, seed=0,
+               checkpoint=None, every=100, drawing=()):
     """Logits π, {name: float tensor}, of a mask under which a trained `model` has a small loss: for `harden`.
 
     Minimises E[loss + contrast] + `penalty` × E[density] over masks m ~ σ(π), the weights being frozen.
     `batches`: indices (int64); `images`: the model's input for an index; `y`: all targets (int64, N).
     `loss(logits, y, index)`; `contrast(features, y, index)`: a second one, on what comes into the last linear
     layer. `lr`: Adam's. The model is left as it was: weights, gradients, statistics, mode.
+    `checkpoint`: a `Checkpoint` of a learning that may die: it puts itself aside there, `every` so many steps, with the
+    generators that `images` is `drawing` by, and goes on from what is there.
     Raises `ValueError` as `check` does, and without a batch, or a linear layer to contrast before;
     `FloatingPointError` where the loss is not finite.
     """
@@ -76,8 +79,11 @@ def learn_mask(model, batches, images, y, loss=cross_entropy, *, contrast=None, 
     logits = {name: torch.full_like(w, math.log(9)).requires_grad_() for name, w in maskable(model).items()}
     optimizer = torch.optim.Adam(logits.values(), lr, eps=1e-12)  # gradients are as small as 1 / weights
     generator = torch.Generator(next(iter(logits.values())).device).manual_seed(seed)
-    bar = tqdm(batches, "mask", leave=False, delay=5, unit="step", file=sys.stderr)
-    for step, index in enumerate(bar, 1):
+    drawn = lambda: [each.get_state() for each in drawing]
+    done, logits, optimizer, generator, states = checkpoint and checkpoint.load() or (0, logits, optimizer, generator, drawn())
+    for each, state in zip(drawing, states): each.set_state(state)
+    bar = tqdm(batches[done:], "mask", initial=done, total=len(batches), leave=False, delay=5, unit="step", file=sys.stderr)
+    for step, index in enumerate(bar, done + 1):
         gates = {name: straight_through(relaxed(pi, torch.empty_like(pi).uniform_(generator=generator)))
                  for name, pi in logits.items()}
         answer, features = masked_call(model, gates, images(index))
@@ -89,6 +95,8 @@ def learn_mask(model, batches, images, y, loss=cross_entropy, *, contrast=None, 
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
+        if checkpoint and (step % every == 0 or step == len(batches)):
+            checkpoint.save((step, logits, optimizer, generator, drawn()))
     return {name: pi.detach() for name, pi in logits.items()}
 
 # %% ../nbs/07_debiasing.ipynb #627133c8
@@ -147,7 +155,8 @@ def trained_and_masked(run, batches, steps, penalty, lr, contrast=None):
     dense = run.pretrain(steps=steps)
     with run.autocast:
         logits = learn_mask(dense, batches(steps), run.images, run.train.y, contrast=contrast,
-                            penalty=penalty, lr=lr, seed=~run.seed)  # not the numbers that made the weights
+                            penalty=penalty, lr=lr, seed=~run.seed,  # not the numbers that made the weights
+                            checkpoint=run.checkpoint and run.checkpoint.part(), every=run.config.eval_every, drawing=[run.generator])
     run.trained += steps * run.config.batch_size
     return dense, harden(logits, run.config.density)
 

@@ -17,8 +17,9 @@ from . import sparse
 from .batches import assemble
 from .configs import DISTRIBUTIONS, ROLES, Config
 from .cost import forward_flops, layer_costs, parameters, training_flops
+from .masks import Places
 from .metrics import group_accuracy
-from .parallel import Shared, is_first, processes, shares
+from .parallel import Shared, processes, shares
 from .reweighting import cross_entropy, shuffled_batches
 from .training import Fit, Steps, ask, autocast, logits_of
 
@@ -36,7 +37,7 @@ class Run:
         if config.device == "cuda": torch.backends.cudnn.allow_tf32 = config.precision != "fp32"  # else fp32 would be rounded to 10 bits
         torch.manual_seed(seed)
         self.config, self.seed, self.train, self.checkpoint = config, seed, train, checkpoint
-        self.hooks, self.notes = [], {}
+        self.hooks, self.notes, self.places = [], {}, None
         self.generator = torch.Generator().manual_seed(seed)
         self.model = config.untrained().to(config.device, memory_format=torch.channels_last)
         self.trained = self.asked = 0
@@ -111,7 +112,7 @@ class Run:
             for number, _ in steps:
                 bar.update()
                 is_due = number % self.config.eval_every == 0 or number == config.steps
-                if checkpoint and is_due and is_first(): checkpoint.save((earlier, steps))
+                if checkpoint and is_due: checkpoint.save((earlier, steps))
         self.trained += config.steps * config.batch_size + earlier.trained
         self.asked += earlier.asked
         return earlier.model
@@ -136,7 +137,8 @@ class Run:
             schedule = dict(delta_t=config.delta_t, t_end=config.t_end * config.steps, drop_fraction=config.drop_fraction)
             schedule = {name: schedule[name] for name in kind[0].schedule}
             self.hooks = [kind[0](self.model, optimizer, density, masks=first, **drawn, **schedule | kind[1])]
-        hooks, batches = self.hooks, parts.get("batches") or self.batches()
+            if config.places: self.places = Places(self.hooks[0])
+        hooks, batches = [*self.hooks, *([self.places] if self.places else [])], parts.get("batches") or self.batches()
         if processes() > 1: hooks, batches = [Shared(self.model), *hooks], shares(batches, config.steps)
         return dict(model=self.model, optimizer=optimizer, train=self.train, hooks=hooks, batches=batches, loss=parts.get("loss", cross_entropy),
                     scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps),
@@ -177,10 +179,11 @@ def run_seed(config, seed, split, progress=iter, checkpoint=None):
     if run is None:
         run = Run(config, seed, train, checkpoint)
         fitted = run.begin(keep=config.oracle)
-    put_aside = lambda: checkpoint and is_first() and checkpoint.save((run, fitted, before + time.perf_counter() - start))
+    put_aside = lambda: checkpoint and checkpoint.save((run, fitted, before + time.perf_counter() - start))
     fitted.go_on(valid, config.eval_every, progress, put_aside)
     selected = {name: fitted.best[rule] for name, rule in dict(selected="worst_group", average="unbiased").items()}
     last = {name: value.clone() for name, value in run.model.state_dict().items()}
+    places = dict(places=run.places.told()) if run.places else {}
     states = {config.steps: last} | dict(selected.values()) | fitted.states
 
     def finished(state):
@@ -198,7 +201,7 @@ def run_seed(config, seed, split, progress=iter, checkpoint=None):
     found = {step: tested(state) for step, state in states.items()}
     result = dict(seed=seed, best_step=selected["selected"][0], last=found[config.steps],
                   **{name: found[step] for name, (step, _) in selected.items()},
-                  average_step=selected["average"][0], spent=spent, notes=run.notes, history=fitted.history)
+                  average_step=selected["average"][0], spent=spent, notes=run.notes, **places, history=fitted.history)
     if config.oracle:
         step = max(fitted.states, key=lambda step: (found[step]["worst_group"], step))
         result.update(oracle=found[step], oracle_step=step)

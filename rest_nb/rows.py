@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['THREADS', 'code_of', 'code_hash', 'stamp', 'file_hash', 'write_json', 'read_json', 'rehearse', 'rehearsal_of',
-           'computes_as', 'ready', 'images_path', 'pending', 'row_path', 'lasting', 'run_row', 'ticking', 'machine']
+           'computes_as', 'ready', 'images_path', 'pending', 'row_path', 'lasting', 'meetings', 'run_row', 'ticking',
+           'machine']
 
 # %% ../nbs/09_rows.ipynb #d6df85fd
 import ast
@@ -14,7 +15,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from .configs import ROLES, Config, configure, named, read_params
 from .cost import peak_memory
 from .data import load
 from .experiments import cost, run_seed
+from .masks import by_chance, maskable, overlap
 from .parallel import is_first, processes
 from .training import has_bf16
 
@@ -90,13 +91,16 @@ def write_json(path, content):
     aside = path.with_suffix(".part")
     try:
         aside.write_text(json.dumps(content, indent=1) + "\n")
+        with open(aside, "r+") as file: os.fsync(file.fileno())  # else a power cut may leave the new name with no content
         os.replace(aside, path)
     finally: aside.unlink(missing_ok=True)
 
 
 def read_json(path, default=None):
-    "The content of a JSON file, or `default` where there is none."
-    return json.loads(Path(path).read_text()) if Path(path).is_file() else default
+    "The content of a JSON file, or `default` where there is none. Raises `ValueError`, naming the file, for what is no JSON."
+    if not Path(path).is_file(): return default
+    try: return json.loads(Path(path).read_text())
+    except ValueError as error: raise ValueError(f"{path} is damaged ({error}): delete it") from None
 
 # %% ../nbs/09_rows.ipynb #8fdc1610
 def rehearse(play, config, split):
@@ -132,15 +136,9 @@ def computes_as(stored, made):
 THREADS = 2  # of each row, on whatever machine: another number rounds a last digit otherwise
 
 
-@functools.cache
 def ready():
-    """Make this process compute as all do that train rows: with `THREADS` threads, and with kernels that it loads.
-    (A process that compiles them rounds a last digit otherwise; so another one does that first: the one that started this one,
-    if it says so by `REST_NB_COMPILED`, or one that this one starts.)
-    """
+    "Make this process compute as all do that train rows: with `THREADS` threads."
     torch.set_num_threads(THREADS)
-    if "REST_NB_COMPILED" not in os.environ:
-        subprocess.run([sys.executable, "-c", "from rest_nb.__main__ import compile; compile(None)"], check=True)
 
 
 def images_path(root, setting):
@@ -176,6 +174,17 @@ def lasting(stored, made):
     return dict(zip(seeds, stored["runs"])) if computes_as(stored, dict(made, config=dict(made["config"], seeds=seeds))) else {}
 
 
+def meetings(config, runs):
+    """Do each two of a row's sparse networks end at the same places? {found, by_chance}: shares, for each ordered pair.
+    Takes the positions `kept` out of the `places` that `runs` tell of, which are then no longer than the rest.
+    """
+    with torch.device("meta"): weights = maskable(config.untrained())
+    masks = [{name: torch.zeros(weights[name].numel(), dtype=torch.bool).index_fill(0, torch.tensor(kept), True)
+              for name, kept in run["places"].pop("kept").items()} for run in runs]
+    pairs = [*itertools.permutations(masks, 2)]
+    return dict(found=[overlap(*pair) for pair in pairs], by_chance=[by_chance(*pair) for pair in pairs])
+
+
 def run_row(root, budget, setting, method, is_alone=True):
     """Train and test all seeds of one row;
     returns its result, a dict, and stores it under `root`/runs as JSON.
@@ -193,6 +202,8 @@ def run_row(root, budget, setting, method, is_alone=True):
     stored = read_json(path, {})
     made["rehearsal"] = rehearsal_of(stored, made) or rehearse(lambda short, split: run_seed(short, short.seeds[0], split)[0], config, split)
     runs = lasting(stored, made)
+    is_told = config.places and config.sparsity != "dense"
+    if is_told and {*config.seeds} != {*runs}: runs = {}  # how seeds meet is told by their networks
     seconds = dict(zip(runs, read_json(timed, {}).get("training", ())))
     trained_by = dict.fromkeys(stored["trained_by"].split() if runs else ())
     missing = [seed for seed in config.seeds if seed not in runs]
@@ -207,24 +218,25 @@ def run_row(root, budget, setting, method, is_alone=True):
             bar.set_postfix_str("")
             part = Path(root) / ".parts" / f"{budget}-{setting}-{method}-{seed}.json"
             stored = read_json(part, {})
+            checkpoint = Checkpoint(part.with_suffix(".checkpoint"), dict(made, seed=seed), split("train"), is_reader=not is_first())
             if not computes_as(stored.get("made", {}), made):
-                checkpoint = Checkpoint(part.with_suffix(".checkpoint"), made, split("train"))
                 result, taken = run_seed(config, seed, split, lambda steps: ticking(steps, bar, len(split("train")) / config.batch_size), checkpoint)
                 stored = dict(made=made, result=result, seconds=taken, is_alone=is_alone)
                 write_json(part, stored)
-                if is_first(): checkpoint.clear()
             else: bar.update(config.steps)
+            checkpoint.clear()  # of a part that was taken over, too: whoever died before this line has left it
             is_alone = is_alone and stored.get("is_alone", True)
             trained_by[stored["made"]["code"]] = ...
             runs[seed], seconds[seed] = stored["result"], stored["seconds"]
     runs = [runs[seed] for seed in config.seeds]
+    met = dict(overlap=meetings(config, runs) if missing else stored["overlap"]) if is_told else {}
     result = dict(budget=budget, setting=setting, method=method, **made, trained_by=" ".join(trained_by),
-                  cost=cost(config, [run["spent"] for run in runs]), runs=runs)
-    write_json(path, result)
+                  cost=cost(config, [run["spent"] for run in runs]), runs=runs, **met)
     on = dict(machine(), gpu=torch.cuda.get_device_name()) if config.device == "cuda" else machine()
     timings = dict(machine=on, is_alone=is_alone, peak_memory=peak_memory()) if missing else read_json(timed, {})
     if seconds: write_json(timed, dict(timings, training=[seconds[seed] for seed in config.seeds if seed in seconds]))
-    for seed in missing if is_first() else ():
+    write_json(path, result)  # last: once it is there, the parts are not asked
+    for seed in config.seeds if is_first() else ():  # all: whoever died here before has left his
         (Path(root) / ".parts" / f"{budget}-{setting}-{method}-{seed}.json").unlink(missing_ok=True)
     return result
 

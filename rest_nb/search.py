@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .checkpoints import Checkpoint
 from .configs import configure, read_params
 from .data import load
 from .experiments import Run
@@ -62,7 +63,7 @@ def search_row(root, setting, method):
     """Try all candidates of a method on a setting: returns what is stored as runs/search/<setting>-<method>.json,
     `candidates` with their validation accuracies and steps, the `winner`'s fields, and what they were made with.
 
-    A candidate that was tried before is not tried again where it was judged by the same rule,
+    A candidate that died goes on from its last evaluation. One that was tried before is not tried again where it was judged by the same rule,
     and the rehearsal of the first comes out the same (see `rows.run_row`).
     """
     root, params = Path(root), read_params(Path(root) / "params.yaml")
@@ -77,10 +78,14 @@ def search_row(root, setting, method):
         for number, (fields, config) in enumerate(zip(tried, configs), 1):
             bar.set_description_str(f"search {setting} {method} {number}/{len(tried)}")
             found = next((entry for entry in earlier["candidates"] if entry["fields"] == fields), None)
-            if found is None: found = dict(fields=fields, **judge(config, split, lambda steps: ticking(steps, bar, len(split("train")) / config.batch_size)))
+            aside = part.with_name(f"{part.stem}-{number}.checkpoint")
+            if found is None:
+                checkpoint = Checkpoint(aside, dict(made, fields=fields), split("train"))
+                found = dict(fields=fields, **judge(config, split, lambda steps: ticking(steps, bar, len(split("train")) / config.batch_size), checkpoint))
             else: bar.update(config.steps)
             result["candidates"].append(found)
             write_json(part, result)
+            Checkpoint(aside, made).clear()  # also where the process before this one died just here
     worth = [(found["worst_group"], -found["conflicting_loss"]) for found in result["candidates"]]
     if max(worth)[0] < 0: raise FloatingPointError(f"{setting} {method}: no candidate came to its end: {result['candidates'][0]['why']}")
     result["winner"] = tried[worth.index(max(worth))]
@@ -89,16 +94,20 @@ def search_row(root, setting, method):
     return result
 
 
-def tried_out(config, split, progress=iter):
-    "A run of a configuration's first seed: what it has `spent`, its `history`, and the selected `step`."
-    run = Run(config, config.seeds[0], split("train"))
-    fitted = run.begin().go_on(split("valid"), config.eval_every, progress)
+def tried_out(config, split, progress=iter, checkpoint=None):
+    "A run of a configuration's first seed: what it has `spent`, its `history`, and the selected `step`. `checkpoint`: as in `run_seed`."
+    run, fitted = checkpoint and checkpoint.load() or (None, None)
+    if run is None:
+        run = Run(config, config.seeds[0], split("train"), checkpoint)
+        fitted = run.begin()
+    put_aside = lambda: checkpoint and checkpoint.save((run, fitted))
+    fitted.go_on(split("valid"), config.eval_every, progress, put_aside)
     return dict(spent=run.spent(), history=fitted.history, step=fitted.best["worst_group"][0])
 
 
-def judge(config, split, progress=iter):
+def judge(config, split, progress=iter, checkpoint=None):
     "What the validation split says of a configuration's first seed: accuracies by group, `conflicting_loss`, and the step, of the best evaluation."
-    try: told = tried_out(config, split, progress)
+    try: told = tried_out(config, split, progress, checkpoint)
     except (FloatingPointError, ValueError) as error:  # ValueError: a guess that tells nobody apart
         return dict(worst_group=-1.0, conflicting_loss=0.0, unbiased=-1.0, conflicting=-1.0, step=0, why=str(error))  # worse than any
     best = next(entry for entry in told["history"] if entry["step"] == told["step"])

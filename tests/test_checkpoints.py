@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_experiments import STUDY, make_root, split_of
 
-from rest_nb import training
+from rest_nb import debiasing, training
 from rest_nb.checkpoints import Checkpoint
 from rest_nb.configs import configure
 from rest_nb.experiments import run_seed
@@ -33,6 +33,7 @@ PARTS = dict(
     LfF=dict(reweighting="rules.lff"),
     DisEnt=dict(reweighting="disentangling.disent"),
     MRM=dict(sparsity="masks.StaticSparse", initial="debiasing.mrm"),
+    DCWP=dict(sparsity="masks.StaticSparse", initial="debiasing.dcwp", reweighting="debiasing.contrasted"),
     votes=dict(sparsity="masks.RigL", reweighting="reweighting.sample", guess="guesses.votes(steps=12)"),
 )
 
@@ -45,16 +46,18 @@ def study(method):
 
 
 def train(root, made, dies=None):
-    "`made`: a file that tells how many steps this process has made. `dies`: (\"step\" or \"write\", at which of them)."
+    "`made`: a file that tells how many steps and writes this process has made. `dies`: (before a \"step\", a \"write\" or when it is \"written\", which)."
     torch.set_num_threads(1)
     counts = dict(step=0, write=0)
 
     def watched(name, real):
         def call(*args):
             counts[name] += 1
-            Path(made).write_text(str(counts["step"]))
+            Path(made).write_text(json.dumps(counts))
             if dies == (name, counts[name]): os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args)
+            found = real(*args)
+            if (name, dies) == ("write", ("written", counts[name])): os.kill(os.getpid(), signal.SIGKILL)
+            return found
         return call
     Steps.__next__, os.replace = watched("step", Steps.__next__), watched("write", os.replace)
     run_row(root, "tiny", "blobs", "it")
@@ -77,27 +80,41 @@ def context():
 @pytest.mark.parametrize("method", ["REST", "LfF"])
 def test_a_row_killed_at_random_points_ends_in_the_same_bits(tmp_path, method):
     undisturbed, root = (make_root(tmp_path / name, study(method)) for name in ("undisturbed", "killed"))
-    forks, draw, steps, made = context(), random.Random(0), tmp_path / "steps", []
+    forks, draw, counts, made = context(), random.Random(method), tmp_path / "counts", []
 
     def run(root, dies=None):
         "Train in a process of its own: whether it was killed."
-        process = forks.Process(target=train, args=(root, steps, dies))
+        process = forks.Process(target=train, args=(root, counts, dies))
         process.start()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
-        if process.exitcode == 0: made.append(int(steps.read_text()))
+        if process.exitcode == 0: made.append(json.loads(counts.read_text()))
         return process.exitcode != 0
     run(undisturbed)
+    deaths = [("step", made[0]["step"]), ("write", made[0]["write"]), ("written", made[0]["write"])]  # from the first to the last
     kills = 0
     while kills < 10:
-        kind, most = draw.choice([("step", made[0]), ("write", 12)])
+        kind, most = draw.choice(deaths)
         if run(root, (kind, draw.randint(1, most))): kills += 1
         else:  # this time it came to its end: begin anew
             assert result(root) == result(undisturbed)
             (root / "runs" / "tiny" / "rows" / "blobs-it.json").unlink()
+            assert not any((root / ".parts").iterdir())  # else it would not
     run(root)
-    assert result(root) == result(undisturbed) and min(made) < made[0]  # what was put aside was not made again
+    assert result(root) == result(undisturbed)
+    assert any(counts["step"] < made[0]["step"] for counts in made)  # what was put aside was not made again
     assert not any((root / ".parts").iterdir())
+
+
+def test_a_row_killed_once_it_is_stored_leaves_nothing_that_another_would_take(tmp_path):
+    root, forks = make_root(tmp_path, study("REST")), context()
+    for dies in (("written", 16), None):  # seven for each of two seeds, its seconds, and the row
+        process = forks.Process(target=train, args=(root, tmp_path / "counts", dies))
+        process.start()
+        process.join()
+        assert (process.exitcode != 0) == bool(dies) and result(root)
+        assert len(json.loads((root / "runs" / "tiny" / "seconds" / "blobs-it.json").read_text())["training"]) == 2
+        assert bool(dies) == any((root / ".parts").iterdir())
 
 
 class Killed(BaseException): pass
@@ -144,6 +161,44 @@ def test_what_was_trained_before_is_not_trained_again(tmp_path, monkeypatch):
     assert len(made) == 3 * 12 + 2
 
 
+@pytest.mark.parametrize("method", ["MRM", "DCWP"])
+def test_a_mask_is_learnt_on_from_where_it_was(tmp_path, monkeypatch, method):
+    config = configure(study(method), "tiny", "blobs", "it")
+    splits, called = all_splits(config), []
+    checkpoint = lambda: Checkpoint(tmp_path / "run.checkpoint", {}, splits["train"])
+    whole, _ = run_seed(config, 1, splits.get)
+
+    def masked_call(*how, real=debiasing.masked_call):
+        called.append(1)
+        if len(called) == 11: raise Killed
+        return real(*how)
+    monkeypatch.setattr(debiasing, "masked_call", masked_call)
+    with pytest.raises(Killed): run_seed(config, 1, splits.get, checkpoint=checkpoint())
+    torch.manual_seed(99)
+    again, _ = run_seed(config, 1, splits.get, checkpoint=checkpoint())
+    assert json.dumps(again) == json.dumps(whole) and len(called) == 11 + 24 - 8  # evaluated every 4 steps
+
+
+def test_what_a_mask_learns_from_is_drawn_on_from_where_it_was(tmp_path):
+    "Images that are moved about: by the same numbers again."
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(3, 2), torch.randn(40, 3), torch.randint(0, 2, (40,))
+    batches, deaths = [torch.arange(20), torch.arange(20, 40)] * 5, []
+
+    def learn(dies=0, checkpoint=None):
+        noise = torch.Generator().manual_seed(5)
+        def images(index):
+            deaths.append(1)
+            if len(deaths) == dies: raise Killed
+            return x[index] + torch.randn(20, 3, generator=noise)
+        return debiasing.learn_mask(model, batches, images, y, checkpoint=checkpoint, every=3, drawing=[noise])["weight"]
+    whole = learn()
+    deaths.clear()
+    checkpoint = Checkpoint(tmp_path / "it", {})
+    with pytest.raises(Killed): learn(8, checkpoint)
+    assert torch.equal(learn(checkpoint=checkpoint), whole) and len(deaths) == 8 + 10 - 6
+
+
 def test_a_file_is_one_object_and_what_is_apart(tmp_path):
     apart, generator = torch.zeros(100_000), torch.Generator().manual_seed(3)
     weight = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
@@ -176,6 +231,15 @@ def test_a_foreign_file_is_refused_by_what_is_foreign(tmp_path, capsys):
     assert Checkpoint(tmp_path / "it", dict(seed=1, code="b", data="c", versions=[1, 2])).load() is None
     assert "of another run (other code, data)" in capsys.readouterr().err
     assert Checkpoint(tmp_path / "none", {}).load() is None and not capsys.readouterr().err
+
+
+def test_a_reader_neither_writes_nor_clears(tmp_path):
+    reader = Checkpoint(tmp_path / "it", {}, is_reader=True)
+    reader.save("mine"), reader.part().save("mine")
+    assert not [*tmp_path.iterdir()]
+    Checkpoint(tmp_path / "it", {}).save("the first one's")
+    reader.clear()
+    assert reader.load() == "the first one's"
 
 
 def test_a_full_disk_keeps_the_earlier_file(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from test_experiments import STUDY, make_root, split_of
 
@@ -33,7 +34,7 @@ def stored(root, method="ERM"): return json.loads((root / "runs" / "search" / f"
 def scripted(monkeypatch, worths):
     "Candidates are worth what stands in `worths`, by learning rate; returns those that were asked for."
     asked = []
-    def told(config, split, progress=iter):
+    def told(config, split, progress, checkpoint):
         asked.append(config.lr)
         if worths[config.lr] is None: raise KeyboardInterrupt
         return dict(worst_group=worths[config.lr], conflicting_loss=1., unbiased=.5, conflicting=.5, step=2)
@@ -73,7 +74,7 @@ def test_of_equals_the_smaller_loss_of_conflicting_images_wins_and_what_diverged
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     worths = {.1: (-1., 0., -1.), .2: (0., 3., .9), .3: (0., 2., .5)}  # the second follows the colour further
     monkeypatch.setattr(search, "rehearse", lambda *how: "rehearsed")
-    monkeypatch.setattr(search, "judge", lambda config, split, progress: dict(
+    monkeypatch.setattr(search, "judge", lambda config, split, progress, checkpoint: dict(
         zip(("worst_group", "conflicting_loss", "unbiased"), worths[config.lr]), conflicting=0., step=1, why="the loss is nan"))
     assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .3}
     (root / "runs" / "search" / "blobs-ERM.json").unlink()
@@ -131,7 +132,7 @@ def test_the_real_search_never_reads_the_test_split(root, monkeypatch):
 
 def test_what_a_candidate_is_given_has_no_test_split(root, monkeypatch):
     seen = []
-    def judged(config, split, progress=iter):
+    def judged(config, split, progress, checkpoint):
         if config.steps != 20:  # a rehearsal has training images in its place
             with pytest.raises(PermissionError): split("test")
         seen.append(split("valid"))
@@ -148,6 +149,25 @@ def test_a_search_that_died_goes_on_where_it_was(root, monkeypatch):
     asked = scripted(monkeypatch, {.001: .9, .05: .3})
     assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .05} and asked == [.05]  # .2 was known, .9 is not asked
     assert not (root / ".parts" / "search-blobs-ERM.json").exists()
+
+
+def test_a_candidate_that_died_goes_on_from_its_last_evaluation(root, monkeypatch):
+    whole, made = search_row(root, "blobs", "ERM"), []
+    (root / "runs" / "search" / "blobs-ERM.json").unlink()
+    left = root / ".parts" / "search-blobs-ERM-1.checkpoint"
+    left.write_text("whoever died when it was done")
+
+    def ticking(steps, *how):
+        for step in steps:
+            made.append(steps.number)
+            if len(made) == 7: raise KeyboardInterrupt
+            yield step
+    monkeypatch.setattr(search, "ticking", ticking)
+    with pytest.raises(KeyboardInterrupt): search_row(root, "blobs", "ERM")
+    torch.manual_seed(99)
+    assert search_row(root, "blobs", "ERM") == whole
+    assert made == [1, 2, 3, 4] + [1, 2, 3] + [3, 4]  # the second candidate was evaluated at its second step
+    assert not any((root / ".parts").iterdir())
 
 
 def test_what_was_tried_with_other_code_is_tried_again(root, monkeypatch):
