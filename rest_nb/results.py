@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'METHOD_COLOURS', 'MARKS', 'SETS', 'BUDGETS', 'load_rows', 'accuracies', 'means', 'histories', 'interval',
-           'table', 'load_seconds', 'paired_difference', 'differences', 'colours', 'columns', 'accuracy_figure',
-           'learning_figure', 'turning_points', 'examples_figure', 'counts', 'all_rows', 'readme_table', 'ends',
-           'with_table', 'load_speed', 'speed_ratios', 'speed_figure', 'bar_table', 'layers_table', 'profile_table',
-           'choices_table', 'assembly_table']
+           'table', 'load_seconds', 'of_seeds', 'paired_difference', 'differences', 'colours', 'columns',
+           'accuracy_figure', 'learning_figure', 'turning_points', 'examples_figure', 'counts', 'all_rows',
+           'readme_table', 'ends', 'with_table', 'load_speed', 'speed_ratios', 'speed_figure', 'bar_table',
+           'layers_table', 'profile_table', 'choices_table', 'assembly_table']
 
 # %% ../nbs/0c_results.ipynb #d696110b
 import itertools
@@ -104,9 +104,14 @@ def load_seconds(root, budget):
     return read_json(Path(root) / "runs" / budget / "seconds" / "steps.json")
 
 # %% ../nbs/0c_results.ipynb #533d34e5
+def of_seeds(differences):
+    "Differences, a number for each seed: their mean, sd, ci95 and n (see `over_seeds`), and `p`, their `p_value`."
+    return dict(over_seeds(differences), p=p_value(differences))
+
+
 def paired_difference(tested, setting, method, rival, group="conflicting"):
     """`method` minus `rival` on one setting, seed by seed:
-    mean, sd, ci95 and n of the differences in accuracy (see `over_seeds`), and `p`, their `p_value`.
+    the differences in accuracy, as `of_seeds` tells them.
 
     Raises `ValueError` where one of the two was not run there, or they share no seed.
     """
@@ -115,7 +120,7 @@ def paired_difference(tested, setting, method, rival, group="conflicting"):
     found = (of(method) - of(rival)).dropna()
     if found.empty:
         raise ValueError(f"{setting}: {method} and {rival} share no seed; expected two of {', '.join(tested.method.unique()) or 'its methods, of which it has none'}")
-    return dict(over_seeds(found), p=p_value(found))
+    return of_seeds(found)
 
 
 def differences(rows, pairs, group="conflicting"):

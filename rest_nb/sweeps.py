@@ -2,21 +2,18 @@
 
 # %% auto #0
 __all__ = ['option', 'family', 'varied', 'sweep_table', 'sweep_figure', 'draw', 'interactions', 'cost_figure', 'savings',
-           'layer_densities', 'load_places', 'places_table']
+           'layer_densities', 'places_table']
 
 # %% ../nbs/0f_sweeps.ipynb #a59627ff
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from .configs import named, part, read_params
+from .configs import part
 from .cost import layer_costs, parameters, training_flops
 from .masks import keep_counts, maskable
 from .metrics import over_seeds
-from .ranking import interval, of_seeds, starred
-from .results import METHOD_COLOURS, accuracies, colours
-from .rows import read_json
+from .ranking import starred
+from .results import METHOD_COLOURS, accuracies, colours, interval, of_seeds
 
 # %% ../nbs/0f_sweeps.ipynb #78a70376
 def option(config, role, name):
@@ -126,23 +123,11 @@ def layer_densities(model, densities):
     return pd.DataFrame(shares, index=[f"layer {number + 1}" for number in range(len(weights))]).T.rename_axis("density")
 
 # %% ../nbs/0f_sweeps.ipynb #ead1f412
-def load_places(root, setting):
-    """What is stored of where weights lie, {method: dict}, of all methods of the budget `places`.
-    Raises `FileNotFoundError`, naming the first that is missing.
-    """
-    found = {}
-    for method in named(read_params(Path(root) / "params.yaml"), "places", "methods"):
-        path = Path(root) / "runs" / "places" / f"{setting}-{method}.json"
-        found[method] = read_json(path)
-        if found[method] is None: raise FileNotFoundError(f"{path} is missing: `dvc repro places` makes it")
-    return found
-
-
 def places_table(found):
-    "Percent, means over the seeds: a line for each method of `found` (see `load_places`). The last layer's outputs are no filters."
+    "Percent, means over the seeds: a line for each method of `found`, {method: stored row that tells of places}. The last layer's outputs are no filters."
     mean, lines = lambda shares: 100 * over_seeds([*shares])["mean"], {}
     for method, stored in found.items():
-        runs, overlap = stored["runs"], stored["overlap"]
+        runs, overlap = [run["places"] for run in stored["runs"]], stored["overlap"]
         dead = {f"dead, layer {number}": mean(run["dead"][layer] for run in runs) for number, layer in enumerate([*runs[0]["dead"]][:-1], 1)}
         lines[method] = dict(density=100 * stored["config"]["density"], travel=mean(run["travel"] for run in runs), explored=mean(run["explored"] for run in runs),
                              overlap=mean(overlap["found"]), by_chance=mean(overlap["by_chance"])) | dead

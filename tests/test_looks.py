@@ -1,4 +1,4 @@
-"Looks: answers, cells, colours, Grad-CAM, probes and masks against counts by hand, autograd by finite differences, and pictures drawn anew."
+"Looks: answers, cells, colours, Grad-CAM and probes against counts by hand, autograd by finite differences, and pictures drawn anew."
 import numpy as np
 import pytest
 import torch
@@ -90,20 +90,3 @@ def test_a_probe_finds_what_is_there_and_no_more(angle, least, most):
 def test_a_probe_is_asked_about_samples_that_it_has_not_seen():
     x, labels = torch.randn(60, 50, generator=torch.Generator().manual_seed(1)).double(), torch.arange(60) // 2 % 2
     assert looks.probe(x, labels, C=1e6) < .8  # thirty samples in fifty dimensions: those seen are told without a miss
-
-
-masks = st.integers(1, 5).flatmap(lambda n: st.lists(st.tuples(st.booleans(), st.booleans()), min_size=4 * n, max_size=4 * n))
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(masks)
-def test_masks_are_counted(pairs):
-    one, other = ({"a": part[: len(part) // 2].view(-1, 2), "b": part[len(part) // 2:].view(-1, 1, 2)} for part in torch.tensor(pairs).T)
-    kept = [p for p in pairs if p[0]]
-    assert looks.densities(one) == {name: np.mean(mask.tolist()) for name, mask in one.items()}
-    assert looks.dead(other)["a"] == np.mean([not any(row) for row in other["a"].tolist()])
-    if not kept: return
-    assert looks.overlap(one, other) == pytest.approx(np.mean([q for _, q in kept]))
-    assert looks.travel(one, other) == pytest.approx(np.mean([not q for _, q in kept]))
-    expected = sum(int(one[name].sum()) * np.mean(other[name].tolist()) for name in one) / len(kept)
-    assert looks.by_chance(one, other) == pytest.approx(expected)

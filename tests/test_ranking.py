@@ -1,14 +1,19 @@
 "Ranking: order, intervals and multiples, by hand."
 
+import dataclasses
 import json
 import math
+import re
 
 import matplotlib
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_experiments import STORED, small, split_of
 
 from rest_nb import ranking
+from rest_nb.data import BiasedDataset
+from rest_nb.experiments import Run
 from rest_nb.ranking import (RULES, compared, front, guesses_table, interval, is_told, load_searches, of_seeds, places, prices, ranking_figure,
                              ratios, run_seconds, searched, starred, stopped, times)
 
@@ -60,6 +65,26 @@ def test_seconds_are_means_of_what_was_stored(tmp_path):
     (dict(reweighting="disentangling.disent(dis=0.1)"), False), (dict(initial="debiasing.mrm"), False),
     (dict(initial="debiasing.dcwp(penalty=1.0)"), True), (dict(afterwards="guesses.dfr"), True)])
 def test_who_is_told_who_conflicts(config, told): assert is_told(stored([1], 1, **config)["config"]) == told
+
+
+@pytest.mark.parametrize("method", [method for method in STORED["budgets"]["rivals"]["methods"] if method != "Chance"])  # who asks how many conflict, and no more
+def test_who_is_told_reads_labels_when_it_trains(method, monkeypatch):
+    "A split that notes who asks for its attributes. (That it is noted how good a guess was is no reading.)"
+    asked = []
+
+    class Noting(BiasedDataset):
+        def __getattribute__(self, name):
+            if name in ("a", "is_conflicting"): asked.append(name)
+            return super().__getattribute__(name)
+    monkeypatch.setattr("rest_nb.guesses.noted", lambda run, guess: guess)
+    config = small(method)
+    config = dataclasses.replace(config, conflict_ratio=.9, guess=re.sub(r"steps=\d+", "steps=1", config.guess))  # samples in each of 100 cells
+    train, valid = (Noting(split.x, split.y, split.a) for split in map(split_of(config, 1000), ("train", "valid")))
+    run = Run(config, 4, train)
+    asked.clear()
+    for _ in run.begin().steps: pass
+    run.call("afterwards", run.model, valid)
+    assert bool(asked) == is_told(dataclasses.asdict(config))
 
 
 def test_the_figure_has_a_mark_for_each_method_where_it_belongs():

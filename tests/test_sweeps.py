@@ -106,18 +106,9 @@ def test_each_line_of_a_panel_has_a_colour_of_its_own():
     plt.close(fig)
 
 
-def test_a_missing_place_is_named(tmp_path):
-    (tmp_path / "params.yaml").write_text("common: {}\nsettings: {s: {}}\nmethods: {A: {}, B: {}}\nbudgets: {places: {methods: [A, B]}}")
-    for method in "AB":
-        with pytest.raises(FileNotFoundError, match=f"s-{method}.json is missing: `dvc repro places`"): sweeps.load_places(tmp_path, "s")
-        (tmp_path / "runs" / "places").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "runs" / "places" / f"s-{method}.json").write_text(f'{{"found": "{method}"}}')
-    assert sweeps.load_places(tmp_path, "s") == dict(A=dict(found="A"), B=dict(found="B"))
-
-
 def test_where_weights_lie_in_percent():
     "Means over three seeds by hand; the last layer's outputs are classes."
-    runs = [dict(travel=t, explored=t / 10, dead=dict(first=d, second=1 - d, last=1.)) for t, d in ((.1, 0.), (.2, .5), (.6, .7))]
+    runs = [dict(places=dict(travel=t, explored=t / 10, dead=dict(first=d, second=1 - d, last=1.))) for t, d in ((.1, 0.), (.2, .5), (.6, .7))]
     stored = dict(config=dict(density=.05), runs=runs, overlap=dict(found=[.1, .2, .3, .4, .5, .6], by_chance=[.05] * 6))
     table = sweeps.places_table(dict(SET=stored, RigL=stored))
     assert list(table.index) == ["SET", "RigL"]

@@ -145,7 +145,7 @@ def test_what_is_stored_is_made_again_by_what_made_it(tmp_path, monkeypatch, whe
     monkeypatch.setattr(workers, "has", lambda vectors: has)
     monkeypatch.setattr(workers, "client", lambda where, vectors: contextlib.nullcontext((where, vectors)))
     monkeypatch.setattr(workers, "do_all", lambda client, function, tasks, told: done.append((client, tasks)) or {tasks[0]: function})
-    failed = workers.as_stored(where, "error", {(name,): tmp_path / f"{name}.json" for name in ("new", "wide", "plain", "old", "plain too")}, print)
+    failed = workers.do_as_stored(where, "error", {(name,): tmp_path / f"{name}.json" for name in ("new", "wide", "plain", "old", "plain too")}, print)
     assert done == [((where, vectors), [(name,) for name in names]) for vectors, names in expected]
     assert failed == {(names[0],): "error" for _, names in expected}
 
