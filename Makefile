@@ -44,13 +44,16 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Bring the stored long studies, their pages and the README's table up to date (8 to 14 hours; JOBS=4: four rows at once)
-	$(if $(JOBS),dvc repro code sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && $(RUN) train $(JOBS) cpu densities dynamics upweights upweights-001 upweights-002 widths audit audit-005 objects widths-objects audit-objects $(if $(REST_NB_FACES),faces))
-	dvc repro --keep-going quick cpu objects sweeps looks places $(if $(REST_NB_FACES),runs/faces/dvc.yaml:faces)
-	for budget in cpu objects densities dynamics upweights widths audit; do $(RUN) page $$budget || exit; done
-	$(RUN) rerun nbs/28_cost.ipynb nbs/29_looks.ipynb nbs/2b_claims.ipynb
+study: install ## Bring all stored results, their pages and the README's table up to date (10 to 17 hours; JOBS=4: four rows at once)
+	@failed=; \
+	$(if $(JOBS),{ dvc repro code sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && \
+	$(RUN) train $(JOBS) cpu densities dynamics upweights upweights-001 upweights-002 widths audit audit-005 objects widths-objects audit-objects rivals $(if $(REST_NB_FACES),faces); } || failed=1;) \
+	dvc repro --keep-going quick cpu objects sweeps looks runs/rivals/dvc.yaml:rivals $(if $(REST_NB_FACES),runs/faces/dvc.yaml:faces) || failed=1; \
+	for budget in cpu objects densities dynamics upweights widths rivals audit; do $(RUN) page $$budget || failed=1; done; \
+	$(RUN) rerun nbs/28_cost.ipynb nbs/29_looks.ipynb nbs/2b_claims.ipynb || failed=1; \
+	test -z "$$failed"
 
-rivals: install ## Search settings for the 35 methods of the ranking, train all, execute their page (about three hours)
+rivals: install ## Search settings for the 36 methods of the ranking, train all, execute their page (about three hours)
 	$(if $(JOBS),dvc repro code sets && $(RUN) train $(JOBS) rivals)
 	dvc repro --keep-going runs/rivals/dvc.yaml:rivals
 	$(RUN) page rivals
