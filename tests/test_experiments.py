@@ -1038,6 +1038,15 @@ def test_more_seeds_are_trained_to_those_that_are_stored(root, tmp_path, monkeyp
     assert trained == [3, 1]  # rehearsed by its first seed, which is another
 
 
+def test_rows_are_trained_by_as_many_threads_on_any_machine():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(keeping.THREADS + 1)
+        keeping.ready()
+        assert torch.get_num_threads() == keeping.THREADS == 2
+    finally: torch.set_num_threads(before)
+
+
 # --- where weights came to lie ---
 
 @pytest.mark.parametrize("storage", ["compact", "masked"])
