@@ -19,6 +19,7 @@ from rest_nb.experiments import Run
 from rest_nb import guesses
 from rest_nb.guesses import by_confidence, by_error, by_vote, last_layer, logistic_regression, precision_recall
 from rest_nb.guesses import retrain_last_layer
+from rest_nb.masks import RigL
 from rest_nb.models import cnn, evaluating, resnet18
 from rest_nb.reweighting import cross_entropy, sample_weights, shuffled_batches, weighted_batches
 from rest_nb.rules import cells, generalised_cross_entropy, subsample, toy
@@ -66,14 +67,17 @@ X, Y, A = toy(4000, .02, seeded(0))
 FRESH = toy(8000, .5, seeded(1))
 
 
-def learn(batches, loss=cross_entropy, seed=0):
+def learn(batches, loss=cross_entropy, seed=0, sparse=lambda model, optimizer: None, hidden=()):
     torch.manual_seed(seed)
-    model = nn.Linear(2, 2)
+    model = nn.Sequential(*(layer for width in hidden for layer in (nn.Linear(2, width), nn.ReLU())), nn.Linear((2, *hidden)[-1], 2))
     optimizer = torch.optim.SGD(model.parameters(), .5)
+    method = sparse(model, optimizer)
     for index in batches:
         optimizer.zero_grad()
         loss(model(X[index]), Y[index], index).backward()
+        if method: method.before_step()
         optimizer.step()
+        if method: method.after_step()
     return model
 
 
@@ -95,8 +99,10 @@ def test_biased_networks_find_who_conflicts_and_no_label_is_needed(guess):
     guess = guess()
     found = precision_recall(guess, Y != A)
     assert found["precision"] > .9 and found["recall"] > .9
-    mended = learn(weighted_batches(sample_weights(guess, 50), 100, 600, seeded(2)))
-    assert worst_cell(learn(shuffled(600))) < .5 and worst_cell(mended) > .93
+    evenly = lambda: weighted_batches(sample_weights(guess, 50), 100, 600, seeded(2))
+    assert worst_cell(learn(shuffled(600))) < .5 and worst_cell(learn(evenly())) > .93
+    rigl = dict(hidden=[32], sparse=lambda model, optimizer: RigL(model, optimizer, .3, delta_t=20, t_end=400))  # REST on the guess
+    assert worst_cell(learn(shuffled(600), **rigl)) < .8 and worst_cell(learn(evenly(), **rigl)) > .9
 
 
 # ------------------------------------------------------------------------------------- last layers
