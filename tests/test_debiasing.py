@@ -531,5 +531,22 @@ def test_a_loss_that_is_no_number_is_named():
         learn(batches=([0], [1]), loss=lambda logits, y, index: logits.sum() * next(calls))
 
 
+def test_contrast_is_added_in_a_loop_of_ones_own():
+    "By hand: cross-entropy, and the mean square of what comes into the last layer; gradients too. Asked in evaluation, nothing is kept."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    loss = Contrasted(model, lambda features, y, index: features.square().mean() * len(index))
+    x, y, index = torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), torch.arange(4)
+    for _ in range(2):  # again, in the next step
+        features = model[1](model[0](x))
+        expected = F.cross_entropy(model[2](features), y) + 4 * features.square().mean()
+        value = loss(model(x), y, index)
+        assert value.item() == pytest.approx(expected.item())
+        torch.testing.assert_close(torch.autograd.grad(value, [*model.parameters()]), torch.autograd.grad(expected, [*model.parameters()]))
+    model.eval()
+    with pytest.raises(ValueError, match="is it in training mode"): loss(model(x), y, index)
+
+
+
 def test_a_network_without_a_last_layer_has_nothing_to_contrast():
     with pytest.raises(ValueError, match="Sequential has no linear layer"): Contrasted(nn.Sequential(nn.Conv2d(3, 4, 3)), None)

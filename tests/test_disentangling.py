@@ -54,7 +54,7 @@ def softmax(logits):
 
 
 def written_out(model, x, y, order, dis, swap, swap_b, q):
-    "L of a first batch in numpy, sample by sample, from eq. 1 to 4; `order` None: no swap."
+    "L of a first batch in numpy, sample by sample, as the chapter has it; `order` None: no swap."
     state = {name: value.detach().numpy() for name, value in model.state_dict().items()}
     encode = lambda part: np.tanh(x @ state[f"{part}.0.weight"].T + state[f"{part}.0.bias"])
     z_i, z_b = encode("intrinsic"), encode("bias")

@@ -316,7 +316,7 @@ def test_check_is_silent_where_all_is_well(project, capsys):
     (["page", "MAGIC"], ["params.yaml", "'MAGIC'", "budgets", "rivals"]),
     (["page", "rivals"], ["runs/rivals/rows/cmnist-0005-ERM.json is missing"]),
     (["seconds", "MAGIC"], ["params.yaml", "'MAGIC'", "budgets", "quick"]),
-    (["seconds", "rivals"], ["budgets.rivals is tuned", "runs/rivals/seconds"]),
+    (["seconds", "rivals"], ["budgets.rivals is tuned", "runs/search/cmnist-0005-ERM.json"]),
     (["clean", "nbs/99_none.ipynb"], ["nbs/99_none.ipynb"])], ids=lambda v: " ".join(v[:4]))
 def test_known_failures_are_one_line(project, capsys, words, said):
     line = failure(capsys, *words)

@@ -37,7 +37,7 @@ HALF = 4.302652729911275 / math.sqrt(3)  # Student's t for two degrees of freedo
 
 def test_the_best_comes_first_with_its_interval_and_its_price():
     seconds = {("red", "ERM"): 10., ("red", "REST"): 4.}
-    table = ranking.ranking(ROWS, "red", seconds).fillna("").set_index("method")
+    table = ranking.ranking(ROWS, "red", seconds, dict(methods=dict(ERM=dict(seconds=2.), JTT=dict(seconds=3.)))).fillna("").set_index("method")
     assert [*table.index] == ["REST", "JTT", "ERM"]
     half = HALF * 10  # sd is 10 points
     assert table[RULES["selected"]]["REST"] == f"60.0 ± {half:.1f}" and table[RULES["average"]]["REST"] == f"50.0 ± {half:.1f}"
@@ -45,6 +45,7 @@ def test_the_best_comes_first_with_its_interval_and_its_price():
     assert table[RULES["oracle"]].to_dict() == dict(REST="", JTT="90.0 ± 0.0", ERM="")
     assert table.FLOPs.to_dict() == dict(REST="0.05×", JTT="2.50×", ERM="1.00×")
     assert table.seconds.to_dict() == dict(REST="0.40×", JTT="–", ERM="1.00×") and set(table.n) == {3}
+    assert table.step.to_dict() == dict(REST="–", JTT="1.50×", ERM="1.00×") and {*ranking.ranking(ROWS, "red").step} == {"–"}
     assert [*ranking.ranking(ROWS, "blue").method] == ["ERM"] and times(ROWS, ("blue", "ERM")) == 1
 
 
@@ -104,6 +105,7 @@ def test_the_front_is_who_is_not_beaten_at_its_cost():
     rows = {("red", m): stored([mean - .1, mean, mean + .1], flops) for m, (mean, flops) in reached.items()} | {("red", "ERM"): stored([.6], 9)}
     assert front(rows, "red") == ["a", "b", "e"]  # c: b is better for less; d: as good as b, for more; f: as cheap as a; ERM: e
     assert front(rows | {("blue", "x"): stored([1.], 1)}, "red") == ["a", "b", "e"]
+    assert front(rows, "red", {("red", "c"): 1, ("red", "d"): 2, ("red", "b"): 3}) == ["c", "d"]  # by another cost, of those that have it
 
 
 def test_the_price_of_a_rule_is_a_mean_over_methods_of_a_mean_over_seeds():
@@ -130,10 +132,13 @@ def test_ratios_are_those_of_the_settings():
 def test_pairs_are_compared_seed_by_seed_and_starred_where_zero_is_left_out():
     rows = {("red", "A"): stored([.5, .7, .9], 1), ("red", "B"): stored([.4, .6, .8], 1), ("red", "C"): stored([.9, .5, .7], 1)}
     table = compared(rows, [("A", "B"), ("B", "A"), ("A", "C")], states=("selected", "average"))
-    assert [*table.columns] == [(.01, "selected"), (.01, "average")] and [*table.index] == ["A - B", "B - A", "A - C"]
+    assert [*table.columns] == [(.01, "selected"), (.01, "average"), ("", "n")] and [*table.index] == ["A - B", "B - A", "A - C"]
     assert [*table[.01, "selected"]][:2] == ["+10.0 ± 0.0 **", "-10.0 ± 0.0 **"] == [*table[.01, "average"]][:2]
     sd = math.sqrt((40 ** 2 + 20 ** 2 + 20 ** 2) / 2)  # of -40, +20, +20
     assert table[.01, "selected"]["A - C"] == f"+0.0 ± {HALF * sd:.1f}"
+    assert [*table["", "n"]] == ["3"] * 3
+    wider = rows | {("blue", "A"): stored([.5, .7], 1, conflict_ratio=.5), ("blue", "B"): stored([.4, .6, .8], 1, conflict_ratio=.5)}
+    assert [*compared(wider, [("A", "B")])["", "n"]] == ["3, 2"]  # by ratio; only seeds that both have
 
 
 def test_a_second_star_is_for_what_survives_all_that_is_asked_of_such_states():

@@ -1,5 +1,6 @@
 "Sweeps: tables and pictures of invented rows, against means and intervals by hand."
 import math
+import statistics
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -113,6 +114,8 @@ def test_where_weights_lie_in_percent():
     table = sweeps.places_table(dict(SET=stored, RigL=stored))
     assert list(table.index) == ["SET", "RigL"]
     assert table.loc["SET"].to_dict() == pytest.approx({"density": 5, "travel": 30, "explored": 3, "overlap": 35, "by chance": 5, "dead, layer 1": 40, "dead, layer 2": 60})
+    spread = sweeps.places_table(dict(SET=stored), "sd").loc["SET"]
+    assert spread.travel == pytest.approx(100 * statistics.stdev([.1, .2, .6])) and spread["dead, layer 1"] == pytest.approx(100 * statistics.stdev([0, .5, .7]))
 
 
 def test_an_option_that_is_no_field_is_read_from_the_part():
