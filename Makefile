@@ -44,7 +44,7 @@ test: data ## Check export, notebooks, library (pytest) and every stored output 
 lab: install ## Open JupyterLab on nbs/
 	jupyter lab nbs
 
-study: install ## Bring all stored results, their pages and the README's table up to date (10 to 17 hours; JOBS=4: four rows at once)
+study: install ## Bring all stored results, their pages and the README's table up to date (10 to 16 hours; JOBS=4: four rows at once)
 	@failed=; \
 	$(if $(JOBS),{ dvc repro code sets sets-objects $(if $(REST_NB_FACES),runs/faces/dvc.yaml:set) && \
 	$(RUN) train $(JOBS) cpu densities dynamics upweights upweights-001 upweights-002 widths audit audit-005 objects widths-objects audit-objects rivals $(if $(REST_NB_FACES),faces); } || failed=1;) \

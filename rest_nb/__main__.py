@@ -117,14 +117,11 @@ def train(root, where, *budgets):
 
 def seconds(root, budget):
     "Time a step of each method, taking turns, on a BUDGET's first setting: runs/BUDGET/seconds/steps.json."
-    from rest_nb.configs import named, read_params, rows
+    from rest_nb.configs import configure, named, read_params
     params = read_params(root / "params.yaml")
-    rows(untuned(params), budget)  # raises where the budget is none
-    if params["budgets"][budget].get("tuned"):
-        raise ValueError(f"params.yaml, budgets.{budget} is tuned: its steps are not timed; "
-                         f"the seconds of its runs lie in runs/{budget}/seconds, a file for each row")
-    execute(root / "nbs" / "12_seconds.ipynb", root / "runs" / budget / "seconds" / "steps.ipynb",
-            budget=budget, setting=named(params, budget, "settings")[0])
+    setting, *_ = named(params, budget, "settings")
+    for method in named(params, budget, "methods"): configure(params, budget, setting, method)  # raises here, before a notebook does
+    execute(root / "nbs" / "12_seconds.ipynb", root / "runs" / budget / "seconds" / "steps.ipynb", progress=True, budget=budget, setting=setting)
 
 
 def speed(root):

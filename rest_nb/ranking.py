@@ -34,11 +34,12 @@ def run_seconds(root, budget, rows):
 RULES = dict(selected="worst group (labels)", average="average (no labels)", oracle="oracle (not allowed)")
 
 
-def ranking(rows, setting, seconds=()):
+def ranking(rows, setting, seconds=(), steps=None):
     """All methods on one setting, best first: conflicting test accuracy in percent, mean ± half a 95 % interval, by each of
-    `RULES`; aligned accuracy of the first; n; training FLOPs, counted, and `seconds` (see `run_seconds`) of a run as multiples of ERM's.
+    `RULES`; aligned accuracy of the first; n; as multiples of ERM's: training FLOPs, counted, seconds of a `step` with its share of mask updates
+    (`steps`: what `timing.time_methods` stored, or None), and `seconds` of a whole run (see `run_seconds`).
     """
-    lines, erm = [], (setting, "ERM")
+    lines, erm, step = [], (setting, "ERM"), {method: taken["seconds"] for method, taken in steps["methods"].items()} if steps else {}
     for row, stored in rows.items():
         if row[0] != setting: continue
         found = {rule: [run[rule]["conflicting"] for run in stored["runs"]]
@@ -47,6 +48,7 @@ def ranking(rows, setting, seconds=()):
             method=row[1], **{RULES[rule]: interval(shares) for rule, shares in found.items()},
             aligned=interval([run["selected"]["aligned"] for run in stored["runs"]]),
             n=len(stored["runs"]), FLOPs=f"{times(rows, row):.2f}×",
+            step=f"{step[row[1]] / step['ERM']:.2f}×" if {row[1], "ERM"} <= {*step} else "–",
             seconds=f"{seconds[row] / seconds[erm]:.2f}×" if {row, erm} <= {*seconds} else "–")))
     return pd.DataFrame([line for _, line in sorted(lines, key=lambda pair: -pair[0])])
 
@@ -87,16 +89,17 @@ def compared(rows, pairs, states=("selected", "last")):
     """Paired differences in conflicting test accuracy, in points ± half a 95 % t-interval, a line for each (method, rival).
 
     Columns: conflict ratio, and which of the `states` (also `average` or `oracle`). A star: the interval leaves 0 out; two: it would
-    too (p < 0.05 by Holm) if corrected for all that the table asks of such states.
+    too (p < 0.05 by Holm) if corrected for all that the table asks of such states. `n`: how many seeds both have, by ratio if that differs.
     """
-    columns, cells = [(ratio, state) for ratio in ratios(rows).values() for state in states], {}
+    columns, cells, seeds = [(ratio, state) for ratio in ratios(rows).values() for state in states], {}, {}
     for state in states:
         tested = accuracies(rows, state)
         asked = {(f"{method} - {rival}", (ratio, state)): paired_difference(tested, setting, method, rival)
                  for method, rival in pairs for setting, ratio in ratios(rows).items()}
         cells |= starred(asked)
-    lines = dict.fromkeys(line for line, _ in cells)
-    return pd.DataFrame({line: {column: cells[line, column] for column in columns} for line in lines}).T
+        for (line, (ratio, _)), found in asked.items(): seeds.setdefault(line, {})[ratio] = str(found["n"])
+    return pd.DataFrame({line: {column: cells[line, column] for column in columns} | {("", "n"): ", ".join(dict.fromkeys(found.values()))}
+                         for line, found in seeds.items()}).T
 
 
 def starred(asked):
@@ -180,12 +183,16 @@ def is_told(config):
     return bool(re.search(r"\b(train|valid)\.(a|is_conflicting)\b", code)) or "run.is_conflicting" in code and config["guess"] == ROLES["guess"]
 
 # %% ../nbs/0f_ranking.ipynb #d4bc9498
-def front(rows, setting):
-    "The methods that none beats at their cost, the cheapest first: every other one reaches less, or needs more training FLOPs."
+def front(rows, setting, cost=None):
+    """The methods that none beats at their cost, the cheapest first: every other one reaches less, or costs more.
+
+    `cost`: {(setting, method): number}, of those that are looked at; by default the training FLOPs of all.
+    """
+    if cost is None: cost = {row: times(rows, row) for row in rows if row[0] == setting}
     reached = {row: np.mean([run["selected"]["conflicting"] for run in stored["runs"]])
-               for row, stored in rows.items() if row[0] == setting}
+               for row, stored in rows.items() if row[0] == setting and row in cost}
     best, found = -1, []
-    for row in sorted(reached, key=lambda row: (times(rows, row), -reached[row])):
+    for row in sorted(reached, key=lambda row: (cost[row], -reached[row])):
         if reached[row] > best: best, found = reached[row], [*found, row[1]]
     return found
 

@@ -158,20 +158,20 @@ class Difficulty(nn.Module):
     """How much harder a biased network finds samples than another, by moving averages of their losses.
 
     Nam et al. (2020), Algorithm 1. `y`: all training targets (int64, N). `decay`: of the `averages` (2×N: biased,
-    debiased; 0: unseen), which are its `state_dict`. Raises `ValueError` for a decay out of [0, 1).
+    debiased; -1: unseen), which are its `state_dict`. Raises `ValueError` for a decay out of [0, 1).
     """
     def __init__(self, y, decay=0.7):
         super().__init__()
         if not 0 <= decay < 1: raise ValueError(f"decay is {decay}; expected a share in [0, 1)")
         self.decay = decay
-        self.register_buffer("averages", torch.zeros(2, len(y), dtype=torch.float64))
+        self.register_buffer("averages", torch.full((2, len(y)), -1., dtype=torch.float64))
         self.register_buffer("y", y, persistent=False)
 
     def weigh(self, losses, index):
         "W(x) of the samples `index` (float64, n), who have just had `losses` (2×n)."
         before = self.averages[:, index]
         moved = self.decay * before + (1 - self.decay) * losses
-        self.averages[:, index] = torch.where(before > 0, moved, losses)
+        self.averages[:, index] = torch.where(before < 0, losses, moved)
         largest = self.averages.new_zeros(2, int(self.y.max()) + 1)
         largest.scatter_reduce_(1, self.y.expand(2, -1), self.averages, "amax")
         biased, debiased = self.averages[:, index] / largest[:, self.y[index]].clamp(min=1e-8)

@@ -123,12 +123,14 @@ def layer_densities(model, densities):
     return pd.DataFrame(shares, index=[f"layer {number + 1}" for number in range(len(weights))]).T.rename_axis("density")
 
 # %% ../nbs/0f_sweeps.ipynb #ead1f412
-def places_table(found):
-    "Percent, means over the seeds: a line for each method of `found`, {method: stored row that tells of places}. The last layer's outputs are no filters."
-    mean, lines = lambda shares: 100 * over_seeds([*shares])["mean"], {}
+def places_table(found, statistic="mean"):
+    """Percent, a `statistic` over the seeds (`mean`, or another of `metrics.over_seeds`): a line for each method of `found`, {method: stored row
+    that tells of places}. The last layer's outputs are no filters.
+    """
+    of, lines = lambda shares: 100 * over_seeds([*shares])[statistic], {}
     for method, stored in found.items():
         runs, overlap = [run["places"] for run in stored["runs"]], stored["overlap"]
-        dead = {f"dead, layer {number}": mean(run["dead"][layer] for run in runs) for number, layer in enumerate([*runs[0]["dead"]][:-1], 1)}
-        lines[method] = dict(density=100 * stored["config"]["density"], travel=mean(run["travel"] for run in runs), explored=mean(run["explored"] for run in runs),
-                             overlap=mean(overlap["found"]), by_chance=mean(overlap["by_chance"])) | dead
+        dead = {f"dead, layer {number}": of(run["dead"][layer] for run in runs) for number, layer in enumerate([*runs[0]["dead"]][:-1], 1)}
+        lines[method] = dict(density=100 * stored["config"]["density"], travel=of(run["travel"] for run in runs), explored=of(run["explored"] for run in runs),
+                             overlap=of(overlap["found"]), by_chance=of(overlap["by_chance"])) | dead
     return pd.DataFrame(lines).T.rename(columns=dict(by_chance="by chance"))

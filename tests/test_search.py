@@ -208,15 +208,15 @@ def test_what_was_found_stays_and_only_what_is_new_is_tried(root, monkeypatch):
     assert search_row(root, "blobs", "ERM")["winner"] == {"lr": .1} and asked == [.001, .05, .1]
 
 
-def test_the_study_tries_four_of_each_method_and_the_same_rates():
+def test_the_study_tries_six_of_each_method_and_the_same_rates():
     params = read_params(ROOT / "params.yaml")
     assert list(params["grids"]) == named(params, "rivals", "methods") == named(params, "search", "methods")
     rates = params["grids"]["ERM"]["lr"]
-    assert all(grid["lr"] == (rates if list(grid) == ["lr"] else rates[1:3]) for grid in params["grids"].values())
+    assert all(grid["lr"] == rates if list(grid) == ["lr"] else {*grid["lr"]} <= {*rates[1:4]} for grid in params["grids"].values())
     for method in params["grids"]:
         tried = candidates(params, method)
-        assert len(tried) == 4
+        assert len(tried) == 6
         base = configure(params, "search", "cmnist-0005", method)
-        assert len({dataclasses.replace(base, **fields) for fields in tried}) == 4  # each is a configuration, and another
+        assert len({dataclasses.replace(base, **fields) for fields in tried}) == 6  # each is a configuration, and another
         roles = {name: text.split("(")[0] for fields in tried for name, text in fields.items() if type(text) is str}
         assert all(getattr(base, name).split("(")[0] == said for name, said in roles.items())  # another option, not another method
