@@ -55,9 +55,8 @@ def time_methods(root, budget, setting, rounds=20):
     train, contestants, configs, every = load(Path(root) / "sets" / f"{setting}.npz", "train"), {}, {}, {}
     for method in named(params, budget, "methods"):
         config = configs[method] = configure(params, budget, setting, method)
-        timed = 4 * rounds + 20  # more steps than will be taken, and no mask update among them
-        steps = max(timed, config.steps)
-        setup = Run(dataclasses.replace(config, steps=steps, eval_every=steps), 0, train).prepare()
+        timed = 4 * rounds + 20  # more steps than will be taken, masks moving in most, and no update among them; what is trained before is as short
+        setup = Run(dataclasses.replace(config, steps=timed, eval_every=timed), 0, train).prepare()
         contestants[method] = stepper(setup)
         for hook in setup["hooks"]:
             if not isinstance(hook, masks.SET): continue
