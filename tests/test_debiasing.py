@@ -547,6 +547,5 @@ def test_contrast_is_added_in_a_loop_of_ones_own():
     with pytest.raises(ValueError, match="is it in training mode"): loss(model(x), y, index)
 
 
-
 def test_a_network_without_a_last_layer_has_nothing_to_contrast():
     with pytest.raises(ValueError, match="Sequential has no linear layer"): Contrasted(nn.Sequential(nn.Conv2d(3, 4, 3)), None)

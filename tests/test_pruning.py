@@ -452,7 +452,7 @@ def test_sparse_or_not_it_is_reweighting_that_leaves_the_shortcut(text):
         if method: assert sum(int(w.count_nonzero()) for w in maskable(model).values()) <= round(.3 * 128)
         right = (model(fresh_x).argmax(1) == fresh_y).double()
         return min(right[(fresh_y == t) & (fresh_a == v)].mean().item() for t in (0, 1) for v in (0, 1))
-    assert worst(1.) < .75 and worst(49.) > .9
+    assert worst(1.) < (.75 if text == "ticket" else .7) and worst(49.) > .9  # a ticket has trained twice as long
 
 
 @pytest.mark.parametrize("stored", [False, True])

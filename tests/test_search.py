@@ -212,7 +212,7 @@ def test_the_study_tries_six_of_each_method_and_the_same_rates():
     params = read_params(ROOT / "params.yaml")
     assert list(params["grids"]) == named(params, "rivals", "methods") == named(params, "search", "methods")
     rates = params["grids"]["ERM"]["lr"]
-    assert all(grid["lr"] == rates if list(grid) == ["lr"] else {*grid["lr"]} <= {*rates[1:4]} for grid in params["grids"].values())
+    assert all(grid["lr"] in ([rates] if list(grid) == ["lr"] else [rates[1:4], rates[1:3], rates[2:4]]) for grid in params["grids"].values())
     for method in params["grids"]:
         tried = candidates(params, method)
         assert len(tried) == 6
